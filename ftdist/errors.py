@@ -1,0 +1,10 @@
+"""What ftdist says to its user when something is wrong, and with which exit status it ends."""
+
+OK = 0
+FAILED = 1  # our own fault, or a crash in a rank
+USAGE = 2  # the user's mistake: nothing was started
+INTERRUPTED = 130  # Ctrl-C
+
+
+class UserError(Exception):
+    """A user's mistake. The message is one line: the key, the value, what is allowed, the fix."""
