@@ -1,0 +1,1 @@
+"""Data: formats → clean → split → template and mask → pack → Arrow. Knows nothing of engines and ranks."""

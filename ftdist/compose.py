@@ -1,0 +1,140 @@
+"""Hydra → plain dicts. Composed once, in one process; nothing behind this file knows Hydra."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from ftdist import schema, trainkeys
+from ftdist.errors import UserError
+
+
+def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
+    """The configurations that `argv` (Hydra overrides and flags) make: one, several with `-m`, none with `--cfg`.
+
+    UserError says in one line what the user got wrong.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    composed: list[tuple[Any, str | None]] = []
+
+    def keep(cfg: Any) -> None:
+        job = HydraConfig.get()
+        sweep = job.mode is not None and job.mode.name == "MULTIRUN"
+        composed.append((cfg, str(Path(job.sweep.dir) / str(job.sweep.subdir)) if sweep else None))
+
+    words = list(_rewritten(argv))
+    before = sys.argv
+    sys.argv = [f"ftdist {verb}", *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own printing
+    configs = []
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://ftdist.conf", config_name="config")(keep)()
+        for cfg, member in composed:
+            config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            assert isinstance(config, dict)
+            config.pop("experiment", None)
+            if config["run_dir"] is None:
+                config["run_dir"] = member
+            configs.append(config)
+    except Exception as failure:
+        if not type(failure).__module__.startswith(("hydra.", "omegaconf.")):
+            raise
+        raise UserError(_explained(failure, words))
+    finally:
+        sys.argv = before
+    return configs
+
+
+def complete(line: str) -> list[str]:
+    """What may follow `line` (the words after the verb): groups, choices and keys."""
+    from hydra import initialize_config_module
+    from hydra._internal.core_plugins.bash_completion import BashCompletion
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_module("ftdist.conf", version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        words = BashCompletion(hydra.config_loader)._query(config_name="config", line=line)
+    return sorted(word for word in words if not word.startswith("hydra"))
+
+
+def choices(group: str | None) -> dict[str, str]:
+    """Group → its choices; or, for one group, choice → its line of meaning (the first comment of its file)."""
+    roots = [Path(str(resources.files(package))) for package in ["ftdist.conf", *_plugin_packages()]]
+    if group is None:
+        names = sorted({d.name for root in roots for d in root.iterdir() if d.is_dir() and any(d.glob("*.yaml"))})
+        return {name: ", ".join(choices(name)) for name in names}
+    files = [file for root in roots for file in sorted((root / group).glob("*.yaml"))]
+    if not files:
+        raise UserError(f"ls {group}: no such group; {schema.nearest(group, list(choices(None)))}")
+    return {file.stem: _meaning(file) for file in files}
+
+
+def _meaning(file: Path) -> str:
+    comments = [line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+    return next((line for line in comments if not line.startswith("@package")), "")
+
+
+def _plugin_packages() -> list[str]:
+    """Packages of installed plug-ins that hold config groups of their own (entry-point group `ftdist.conf`)."""
+    return sorted(point.value for point in entry_points(group="ftdist.conf"))
+
+
+def _rewritten(argv: list[str]) -> Iterator[str]:
+    """The user's words, where `train` is open to every field of TRL's own config without Hydra's `+`."""
+    if packages := _plugin_packages():
+        yield f"hydra.searchpath=[{','.join('pkg://' + name for name in packages)}]"
+    for word in argv:
+        match = re.match(r"train\.(\w+)=", word)
+        if match:
+            trainkeys.check_name(match[1])
+        yield f"++{word}" if match else word
+
+
+def _explained(failure: Exception, words: list[str]) -> str:
+    """Hydra's and OmegaConf's errors in one line, with the nearest right name."""
+    text = str(failure)
+    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, choice = match.groups()
+        available = re.findall(r"^\t(\S+)", text, re.M)
+        return f"{group}={choice}: no such choice; {schema.nearest(choice, available)}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key, known = match[1], _known_keys(words)
+        inside = [name for name in known if "." in key and name.startswith(key.split(".")[0] + ".")]
+        return f"{key}: no such key; {schema.nearest(key, inside or [k for k in known if '.' not in k])}"
+    if type(failure).__name__ == "MissingMandatoryValue":
+        key = getattr(failure, "full_key", None)
+        return f"{key}: missing; set {key}=…"
+    first = next((line for line in text.splitlines() if line.strip()), type(failure).__name__)
+    override = getattr(failure, "override", None)
+    return f"{override}: {first.strip()}" if override else first.strip()
+
+
+def _known_keys(words: list[str]) -> list[str]:
+    """Every key and group of the configuration that the group choices among `words` make."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from omegaconf import DictConfig
+
+    def flat(node: Any, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            if isinstance(node._get_node(key), DictConfig):
+                yield from flat(node._get_node(key), f"{prefix}{key}.")
+
+    with initialize_config_module("ftdist.conf", version_base="1.3"):
+        groups = set(choices(None))
+        chosen = [w for w in words if w.split("=")[0] in groups and "," not in w]
+        try:
+            return list(flat(hydra_compose("config", overrides=chosen), ""))
+        except Exception:  # one of them is a choice that does not exist here; the bare configuration will do
+            return list(flat(hydra_compose("config"), ""))

@@ -1,0 +1,228 @@
+"""Which rows say the same: exact duplicates, near-duplicates (MinHash LSH, verified), shared n-grams across the split.
+
+Rows are numbered over all blocks; a smaller number takes precedence: rows to decontaminate against first, then
+explicit validation rows, then training rows in the order of the files. Only training rows are ever taken out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ftdist.data.clean import PARTITIONS
+from ftdist.data.pool import Pool
+
+U64 = np.uint64
+_ALL_PAIRS = 16  # buckets up to this size are compared pair by pair, larger ones with their first and their neighbour
+_TASK_ENTRIES = 4_000_000  # n-grams that a task holds at once
+
+
+class Twins(NamedTuple):
+    """Row `later[i]` repeats row `earlier[i]`; `overlap[i]` says how much (1.0: exactly)."""
+
+    later: np.ndarray
+    earlier: np.ndarray
+    overlap: np.ndarray
+
+
+def exact(keys: np.ndarray, alive: np.ndarray) -> Twins:
+    """Every alive row but the first of each group with one key."""
+    rows = np.flatnonzero(alive)
+    if not len(rows):
+        return Twins(rows, rows, np.ones(0))
+    both = keys[rows, 0] ^ (keys[rows, 1] * U64(0x9E3779B97F4A7C15))
+    order = np.argsort(both, kind="stable")
+    ordered = both[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    first = np.repeat(rows[order[starts]], np.diff([*starts, len(rows)]))
+    rows = rows[order]
+    later = rows != first
+    return Twins(rows[later], first[later], np.ones(int(later.sum())))
+
+
+def near(
+    folder: Path, blocks: list[int], bases: np.ndarray, alive: np.ndarray, *, bands: int, threshold: float, pool: Pool
+) -> Twins:
+    """All found pairs of alive rows whose sets of shingles have a Jaccard index of at least `threshold`.
+
+    Candidates come from the LSH bands; each is verified on the sets themselves, so no pair is below the threshold.
+    """
+    np.save(folder / "alive.npy", alive)
+    known = np.zeros(0, U64)
+    tasks = [(folder, blocks, band) for band in range(bands)]
+    for found in pool.map(band_pairs, tasks):
+        known = np.union1d(known, found)
+    if not len(known):
+        nothing = np.zeros(0, np.int64)
+        return Twins(nothing, nothing, np.zeros(0))
+    bounds = _join_shingles(folder, blocks, bases)
+    np.save(folder / "shingle_bounds.npy", bounds)
+    step = 20_000
+    later, earlier, overlap = [], [], []
+    for start, jaccard in zip(
+        range(0, len(known), step),
+        pool.map(verify, ((folder, known[i : i + step]) for i in range(0, len(known), step))),
+        strict=True,
+    ):
+        pairs = known[start : start + step]
+        good = jaccard >= threshold
+        later.append((pairs[good] >> U64(32)).astype(np.int64))
+        earlier.append((pairs[good] & U64(0xFFFFFFFF)).astype(np.int64))
+        overlap.append(jaccard[good])
+    return Twins(np.concatenate(later), np.concatenate(earlier), np.concatenate(overlap))
+
+
+def band_pairs(task: tuple[Path, list[int], int]) -> np.ndarray:
+    """Candidates of one band, as later << 32 | earlier."""
+    folder, blocks, band = task
+    alive = np.load(folder / "alive.npy")
+    assert len(alive) < 1 << 32
+    buckets = np.concatenate([np.load(folder / f"bands-{b}.npy", mmap_mode="r")[band] for b in blocks])
+    rows = np.flatnonzero(alive)
+    buckets = buckets[rows]
+    order = np.argsort(buckets, kind="stable")  # rows of a bucket stay in their order
+    ordered, rows = buckets[order], rows[order].astype(U64)
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(rows) else np.zeros(0, int)
+    sizes = np.diff([*starts, len(rows)])
+    pairs = [np.zeros(0, U64)]
+    for size in np.unique(sizes[(sizes > 1) & (sizes <= _ALL_PAIRS)]):
+        at = starts[sizes == size]
+        for i in range(size):
+            for j in range(i + 1, size):
+                pairs.append((rows[at + j] << U64(32)) | rows[at + i])
+    for start, size in zip(starts[sizes > _ALL_PAIRS], sizes[sizes > _ALL_PAIRS], strict=True):
+        group = rows[start : start + size]
+        pairs.append((group[1:] << U64(32)) | group[0])
+        pairs.append((group[2:] << U64(32)) | group[1:-1])
+    return np.unique(np.concatenate(pairs))
+
+
+def _join_shingles(folder: Path, blocks: list[int], bases: np.ndarray) -> np.ndarray:
+    """All sets in one file `shingles.bin`; returns where each row's begins and ends, in entries."""
+    bounds = np.zeros(int(bases[-1]) + 1, np.int64)
+    at = 0
+    with (folder / "shingles.bin").open("wb") as file:
+        for number, block in enumerate(blocks):
+            own = np.load(folder / f"bounds-{block}.npy")
+            bounds[bases[number] : bases[number + 1] + 1] = own + at
+            hashes = np.load(folder / f"shingles-{block}.npy")
+            file.write(hashes.tobytes())
+            at += len(hashes)
+            (folder / f"shingles-{block}.npy").unlink()
+    return bounds
+
+
+def verify(task: tuple[Path, np.ndarray]) -> np.ndarray:
+    """The Jaccard index of each pair (later << 32 | earlier) of shingle sets."""
+    folder, pairs = task
+    bounds = np.load(folder / "shingle_bounds.npy", mmap_mode="r")
+    hashes = np.memmap(folder / "shingles.bin", np.uint32, "r")
+    a, b = (pairs >> U64(32)).astype(np.int64), (pairs & U64(0xFFFFFFFF)).astype(np.int64)
+    result = np.zeros(len(pairs))
+    sizes = (bounds[a + 1] - bounds[a]) + (bounds[b + 1] - bounds[b])
+    start = 0
+    while start < len(pairs):  # so many pairs at once that their sets stay below a few dozen megabytes
+        stop = start + max(1, int(np.searchsorted(np.cumsum(sizes[start:]), 2_000_000, "right")))
+        part = slice(start, stop)
+        keys = np.concatenate([_keyed(hashes, bounds, rows[part]) for rows in (a, b)])
+        keys.sort()
+        shared = keys[1:][keys[1:] == keys[:-1]] >> U64(32)
+        both = np.bincount(shared.astype(np.int64), minlength=stop - start)
+        result[part] = both / np.maximum(sizes[part] - both, 1)
+        start = stop
+    return result
+
+
+def _keyed(hashes: np.ndarray, bounds: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    starts, counts = bounds[rows], bounds[rows + 1] - bounds[rows]
+    pair = np.repeat(np.arange(len(rows), dtype=np.int64), counts)
+    inside = np.arange(len(pair)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return (pair.astype(U64) << U64(32)) | hashes[starts[pair] + inside].astype(U64)
+
+
+def greedy(twins: Twins, rows: int, removable: np.ndarray) -> Twins:
+    """One entry for each row to take out: a removable row with an earlier twin that stays itself."""
+    order = np.lexsort((twins.earlier, twins.later))
+    out = np.zeros(rows, bool)
+    chosen = []
+    for i in order.tolist():
+        later = twins.later[i]
+        if removable[later] and not out[later] and not out[twins.earlier[i]]:
+            out[later] = True
+            chosen.append(i)
+    return Twins(twins.later[chosen], twins.earlier[chosen], twins.overlap[chosen])
+
+
+def components(twins: Twins, rows: int) -> np.ndarray:
+    """The first row of each row's connected component."""
+    root = np.arange(rows)
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = int(root[i])
+        return i
+
+    for a, b in zip(twins.later.tolist(), twins.earlier.tolist(), strict=True):
+        a, b = find(a), find(b)
+        root[max(a, b)] = min(a, b)
+    while True:  # flatten
+        flat = root[root]
+        if (flat == root).all():
+            return flat
+        root = flat
+
+
+def contaminated(
+    folder: Path, blocks: list[int], bases: np.ndarray, side: np.ndarray, *, boilerplate: int, pool: Pool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, the evaluation row) that share an n-gram which at most `boilerplate` rows have.
+
+    `side` is 0 for rows out of the game, 1 for evaluation, 2 for training.
+    """
+    np.save(folder / "side.npy", side)
+    np.save(folder / "bases.npy", bases)
+    total = sum(np.load(folder / f"ngrams-{b}.at.npy")[-1] for b in blocks)
+    together = max(1, int(PARTITIONS * _TASK_ENTRIES // max(total, 1)))
+    tasks = [(folder, blocks, p, min(p + together, PARTITIONS), boilerplate) for p in range(0, PARTITIONS, together)]
+    rows, with_rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for found, other in pool.map(shared_ngrams, tasks):
+        rows.append(found)
+        with_rows.append(other)
+    row, first = np.unique(np.concatenate(rows), return_index=True)
+    return row, np.concatenate(with_rows)[first]
+
+
+def shared_ngrams(task: tuple[Path, list[int], int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the n-grams in partitions [first, last): (training rows, evaluation row)."""
+    folder, blocks, first, last, boilerplate = task
+    side = np.load(folder / "side.npy", mmap_mode="r")
+    bases = np.load(folder / "bases.npy")
+    hashes, owners = [np.zeros(0, U64)], [np.zeros(0, np.int64)]
+    for number, block in enumerate(blocks):
+        at = np.load(folder / f"ngrams-{block}.at.npy")
+        part = slice(at[first], at[last])
+        hashes.append(np.load(folder / f"ngrams-{block}.hash.npy", mmap_mode="r")[part])
+        owners.append(np.load(folder / f"ngrams-{block}.row.npy", mmap_mode="r")[part].astype(np.int64) + bases[number])
+    grams, rows = np.concatenate(hashes), np.concatenate(owners)
+    of = side[rows]
+    evaluation = np.unique(grams[of == 1])
+    nothing = np.zeros(0, np.int64)
+    if not len(evaluation):
+        return nothing, nothing
+    place = np.searchsorted(evaluation, grams)
+    place[place == len(evaluation)] = 0
+    hit = (evaluation[place] == grams) & (of > 0)
+    grams, rows, of = place[hit], rows[hit], of[hit]
+    order = np.lexsort((rows, grams))
+    grams, rows, of = grams[order], rows[order], of[order]
+    fresh = np.concatenate([[True], (grams[1:] != grams[:-1]) | (rows[1:] != rows[:-1])]) if len(grams) else []
+    grams, rows, of = grams[fresh], rows[fresh], of[fresh]
+    frequency = np.bincount(grams, minlength=len(evaluation))
+    example = np.zeros(len(evaluation), np.int64)
+    example[grams[of == 1]] = rows[of == 1]
+    bad = (of == 2) & (frequency[grams] <= boilerplate)
+    row, index = np.unique(rows[bad], return_index=True)
+    return row, example[grams[bad][index]]

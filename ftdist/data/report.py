@@ -1,0 +1,200 @@
+"""What happened to the data: data_report.json, and the same in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftdist.data.clean import load_rows, row_texts
+from ftdist.data.encode import TRAIN, VALIDATION
+from ftdist.data.text import SCRIPTS
+
+_EXAMPLES = 5
+_SHOWN = 400  # characters of an example
+
+
+def summarise(
+    *,
+    rows: Any,
+    found: Any,
+    encoded: Any,
+    sizes: dict[str, Any],
+    sources: list[Any],
+    work: Path,
+    folder: Path,
+    template: dict[str, Any],
+    laying: Any,
+    left_aside: list[str],
+    key: str,
+) -> dict[str, Any]:
+    """data_report.json, and dropped.jsonl beside it."""
+    final_train = np.unique(encoded.row[encoded.side == TRAIN])
+    final_validation = np.unique(encoded.row[encoded.side == VALIDATION])
+    ours = rows.kind != 0
+    ids = rows.ids[ours & (rows.ids != 0)]
+    train, validation = sizes["train"], sizes["validation"]
+    scripts = sum((c.scripts for c in rows.cleaned), np.zeros(len(SCRIPTS), np.int64))
+    letters = max(int(scripts[1:].sum()), 1)
+    _write_dropped(rows, found, encoded, sources, work, folder / "dropped.jsonl")
+    summary: dict[str, Any] = {
+        "rows_in": rows.seen,
+        "rejected": sum(rows.rejected.values()),
+        "filtered": sum(found.filtered.values()),
+        "duplicates_exact": len(found.exact.later),
+        "duplicates_near": len(found.near.later),
+        "contaminated": len(found.contaminated.later),
+        "overlong_dropped": int(encoded.overlong["dropped"]),
+        "train": len(final_train),
+        "validation": len(final_validation),
+        "tokens": train["tokens"],
+        "supervised_tokens": train["supervised"],
+        "supervised_share": round(train["supervised"] / max(train["tokens"], 1), 4),
+        "validation_tokens": validation["tokens"],
+        "validation_supervised_tokens": validation["supervised"],
+        "train_rows": train["rows"],
+        "validation_rows": validation["rows"],
+        "train_sequences": train["sequences"],
+        "fill": round(train["tokens"] / max(train["rows"] * laying.max_length, 1), 4),
+        "max_length": laying.max_length,
+        "token_lengths": _quantiles(train["lengths"]),
+        "rejects": dict(rows.rejected.most_common()),
+        "filters": found.filtered,
+        "overlong": dict(encoded.overlong),
+        "duplicated_ids": int(len(ids) - len(np.unique(ids))),
+        "scripts": {
+            SCRIPTS[i]: round(int(scripts[i]) / letters, 4) for i in np.argsort(-scripts[1:]) + 1 if scripts[i]
+        },
+        "sources": _sources(rows, sources, final_train, final_validation),
+        "template": {"origin": template["origin"], "keywords": template["keywords"]},
+        "mask": laying.mask,
+        "left_aside": left_aside,
+        "notes": found.notes,
+        "examples": {
+            "duplicates_exact": _examples(found.exact, rows, sources, work),
+            "duplicates_near": _examples(found.near, rows, sources, work),
+            "contaminated": _examples(found.contaminated, rows, sources, work),
+        },
+        "fingerprint": key,
+    }
+    if laying.task == "dpo":
+        summary["preference"] = _preference(rows, encoded)
+    return summary
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
+    if not len(lengths):
+        return {}
+    points = np.percentile(lengths, [0, 25, 50, 75, 95, 99, 100], method="nearest")
+    return dict(zip(("min", "q25", "median", "q75", "q95", "q99", "max"), map(int, points), strict=True))
+
+
+def _sources(rows: Any, sources: list[Any], train: np.ndarray, validation: np.ndarray) -> list[dict[str, Any]]:
+    result = []
+    for number, source in enumerate(sources):
+        result.append(
+            {
+                "name": source.name,
+                "kind": source.kind,
+                "weight": source.weight,
+                "files": [str(f) for f in source.files],
+                "rows_in": sum(c.seen for c in rows.cleaned if c.source == number),
+                "train": int((rows.source[train] == number).sum()),
+                "validation": int((rows.source[validation] == number).sum()),
+            }
+        )
+    return result
+
+
+def _preference(rows: Any, encoded: Any) -> dict[str, Any]:
+    """Length bias: a model can learn to write more instead of better."""
+    parts = encoded.parts[encoded.side == TRAIN]
+    chosen, rejected = parts[:, 1].astype(float), parts[:, 2].astype(float)
+    return {
+        "chosen_tokens_mean": round(float(chosen.mean()), 1),
+        "rejected_tokens_mean": round(float(rejected.mean()), 1),
+        "chosen_longer_share": round(float((chosen > rejected).mean()), 4),
+        "rejected_longer_share": round(float((chosen < rejected).mean()), 4),
+    }
+
+
+def _examples(twins: Any, rows: Any, sources: list[Any], work: Path) -> list[dict[str, Any]]:
+    result = []
+    for i in range(min(_EXAMPLES, len(twins.later))):
+        pair = {"overlap": round(float(twins.overlap[i]), 3)}
+        for name, row in (("row", int(twins.later[i])), ("like", int(twins.earlier[i]))):
+            where, text = _shown(row, rows, sources, work)
+            pair |= {name: {"where": where, "text": text}}
+        result.append(pair)
+    return result
+
+
+def _shown(row: int, rows: Any, sources: list[Any], work: Path) -> tuple[str, str]:
+    number, inside = rows.place(row)
+    cleaned = rows.cleaned[number]
+    found, lines = load_rows(work, cleaned.block)
+    text = "\n".join(part for part in row_texts(found[inside]) if part)
+    where = f"{sources[cleaned.source].files[cleaned.file]}:{lines[inside]}"
+    return where, text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def _write_dropped(rows: Any, found: Any, encoded: Any, sources: list[Any], work: Path, path: Path) -> None:
+    """A line for each usable row that was left out, with the reason and the row that it repeats."""
+    reasons: list[tuple[int, str, int | None, float | None]] = []
+    for reason, twins in (
+        ("duplicate", found.exact),
+        ("near-duplicate", found.near if found.near_removed else None),
+        ("contaminated", found.contaminated),
+    ):
+        if twins is not None:
+            for later, earlier, overlap in zip(*(part.tolist() for part in twins), strict=True):
+                reasons.append((later, reason, earlier, overlap))
+    from ftdist.data.clean import FILTERS
+
+    reasons += [(int(r), FILTERS[rows.status[r] - 1], None, None) for r in np.flatnonzero(rows.status)]
+    reasons += [(int(r), "overlong", None, None) for r in encoded.dropped]
+    lines = np.concatenate([c.lines for c in rows.cleaned]) if rows.cleaned else np.zeros(0, np.uint32)
+
+    def where(row: int) -> tuple[str, int]:
+        cleaned = rows.cleaned[rows.place(row)[0]]
+        return str(sources[cleaned.source].files[cleaned.file]), int(lines[row])
+
+    with path.open("w", encoding="utf-8") as file:
+        for row, reason, like, overlap in sorted(reasons, key=lambda entry: entry[0]):
+            entry: dict[str, Any] = dict(zip(("file", "line"), where(row), strict=True))
+            entry["reason"] = reason
+            if like is not None:
+                entry["like"] = dict(zip(("file", "line"), where(like), strict=True))
+                entry["overlap"] = overlap
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def words(prepared: Path) -> str:
+    """The report of a prepared data set in a dozen lines."""
+    r = json.loads((prepared / "data_report.json").read_text(encoding="utf-8"))
+    out = [
+        f"rows in             {r['rows_in']:>12,}",
+        f"  rejected          {r['rejected']:>12,}  {_list(r['rejects'])}",
+        f"  filtered          {r['filtered']:>12,}  {_list(r['filters'])}",
+        f"  exact duplicates  {r['duplicates_exact']:>12,}",
+        f"  near-duplicates   {r['duplicates_near']:>12,}",
+        f"  contaminated      {r['contaminated']:>12,}",
+        f"  too long          {r['overlong_dropped']:>12,}  {_list(r['overlong'])}",
+        f"train               {r['train']:>12,}  {r['tokens']:,} tokens, {r['supervised_share']:.1%} supervised",
+        f"validation          {r['validation']:>12,}  {r['validation_tokens']:,} tokens",
+        f"packed rows         {r['train_rows']:>12,}  of {r['max_length']:,} tokens, {r['fill']:.1%} full",
+        f"tokens a sequence   {_list(r['token_lengths'])}",
+        f"template            {r['template']['origin']}; mask {r['mask']}",
+        f"scripts             {', '.join(f'{k} {v:.1%}' for k, v in list(r['scripts'].items())[:5])}",
+    ]
+    if "preference" in r:
+        out.append(f"preference          {_list(r['preference'])}")
+    out += [f"left aside          {name} (a test or held-out file)" for name in r["left_aside"]]
+    out += [f"note                {note}" for note in r["notes"]]
+    return "\n".join(out)
+
+
+def _list(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:,}" for k, v in counts.items() if v)

@@ -1,0 +1,180 @@
+"""Run directory → processes: the engines' files, the command, and what happens when a rank or the user ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ftdist.errors import FAILED, OK, USAGE, UserError
+from ftdist.schema import nearest
+from ftdist.trainkeys import fields
+
+GRACE = 15.0  # seconds between asking processes to stop and killing them
+
+
+def torch_engine(*, name: Literal["single", "ddp"]) -> None:
+    """One process, or DistributedDataParallel: torch alone, no DeepSpeed file."""
+
+
+def zero_engine(
+    *, name: Literal["zero1", "zero2", "zero3", "zero3_offload"], zero: dict[str, Any]
+) -> dict[str, Any]:
+    """The DeepSpeed file of an engine, with the user's own keys for its `zero_optimization` section."""
+    return _deepspeed(name, zero)
+
+
+def nvme_engine(*, name: Literal["zero3_nvme"], zero: dict[str, Any], nvme_path: str) -> dict[str, Any]:
+    """The same for the engine that keeps states and weights on a disk."""
+    deepspeed = _deepspeed(name, zero)
+    for part in ("offload_optimizer", "offload_param"):
+        deepspeed["zero_optimization"][part]["nvme_path"] = str(Path(nvme_path).expanduser().absolute())
+    return deepspeed
+
+
+def _deepspeed(name: str, zero: dict[str, Any]) -> dict[str, Any]:
+    deepspeed: dict[str, Any] = json.loads((resources.files("ftdist.launch") / f"{name}.json").read_text())
+    known = [key for key in fields("deepspeed.runtime.zero.config:DeepSpeedZeroConfig") if key != "stage"]
+    for key in zero:
+        if key not in known:
+            raise UserError(f"engine.zero.{key}: no such key; {nearest(key, known, 'engine.zero.')}")
+    deepspeed["zero_optimization"].update(zero)
+    return deepspeed
+
+
+def engine_function(name: Any) -> Any:
+    """The function whose signature is the schema of this engine's keys."""
+    if name in ("single", "ddp"):
+        return torch_engine
+    return nvme_engine if name == "zero3_nvme" else zero_engine
+
+
+def devices() -> tuple[int, str]:
+    """How many devices this machine offers, and of which kind (`GPU`, `CPU core`). No driver is loaded."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)] if os.path.isdir("/dev") else []
+    if found and visible is None:
+        return len(found), "GPU"
+    if found and visible:
+        return len([part for part in visible.split(",") if part.strip()]), "GPU"
+    return len(os.sched_getaffinity(0)), "CPU core"
+
+
+def processes(
+    *,
+    name: Literal["local", "outside"],
+    nodes: Annotated[int, Field(ge=1)],
+    processes: Literal["auto"] | Annotated[int, Field(ge=1)],
+    oversubscribe: bool,
+) -> int:
+    """Processes on each node. UserError for more of them than devices, or more nodes than this cluster has."""
+    if name == "outside":  # somebody else started the processes; their number is a fact
+        assert processes != "auto"
+        return processes
+    if nodes > 1:
+        raise UserError(f"cluster.nodes={nodes}: cluster={name} is one machine; start one launcher on every node with "
+                        "accelerate launch --num_machines … -m ftdist.train")  # fmt: skip
+    count, kind = devices()
+    if processes == "auto":
+        return count if kind == "GPU" else 1
+    if processes > count and not oversubscribe:
+        raise UserError(f"cluster.processes={processes}: this machine has {count} devices ({kind}s); use at most "
+                        f"{count}, or cluster.oversubscribe=true")  # fmt: skip
+    return processes
+
+
+def accelerate_file(engine: str, count: int, deepspeed_file: Path) -> dict[str, Any]:
+    """The accelerate configuration of a run on this machine."""
+    import yaml
+
+    source = "single" if engine in ("single", "ddp") and count == 1 else engine
+    values: dict[str, Any] = yaml.safe_load((resources.files("ftdist.launch") / f"{source}.yaml").read_text())
+    values["num_processes"] = count
+    values["use_cpu"] = devices()[1] != "GPU"
+    if "deepspeed_config" in values:
+        values["deepspeed_config"]["deepspeed_config_file"] = str(deepspeed_file)
+    return values
+
+
+def command(run_dir: Path) -> list[str]:
+    """What starts every rank of a frozen run on this machine."""
+    return [
+        sys.executable,
+        *("-m", "accelerate.commands.launch", "--config_file", str(run_dir / "accelerate.yaml")),
+        *("--main_process_port", "0", "-m", "ftdist.worker", str(run_dir)),
+    ]
+
+
+def run(run_dir: Path, count: int) -> None:
+    """Start the ranks, wait, and leave no process behind. UserError carries the first failing rank's own words."""
+    environment = dict(os.environ)
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    (run_dir / "logs").mkdir(exist_ok=True)
+    with (run_dir / "logs" / "launcher.log").open("ab") as log:
+        # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
+        child = subprocess.Popen(command(run_dir), env=environment, stderr=log, start_new_session=True)
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            _stop(child)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            _stop(child)
+    if status != OK:
+        raise RankFailure(first_error(run_dir))
+
+
+class RankFailure(Exception):
+    """A rank failed: its own message, and the log that has the rest."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(error["message"])
+        self.status = error.get("status", FAILED)
+        self.text = f"rank {error['rank']}: {error['message']}" if error["status"] != USAGE else error["message"]
+        self.log = error["log"]
+
+
+def first_error(run_dir: Path) -> dict[str, Any]:
+    """The error of the rank that failed first; what the launcher said if no rank could say anything."""
+    reports = [json.loads(f.read_text()) for f in (run_dir / "logs").glob("rank-*.error.json")]
+    if reports:
+        report: dict[str, Any] = min(reports, key=lambda r: r["time"])
+        return report
+    log = run_dir / "logs" / "launcher.log"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line.strip())), "")
+    return {"rank": "?", "message": said or "the ranks ended without a word (killed from outside?)",
+            "log": str(log), "status": FAILED}  # fmt: skip
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Ask the whole session to stop, then make it."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            pass
+        except KeyboardInterrupt:  # a second Ctrl-C: at once
+            pass
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()

@@ -1,0 +1,136 @@
+"""The loss without the full logits: the output head and the cross-entropy in one step, a few tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+IGNORED = -100
+CHUNK_BYTES = 64 << 20  # of float32 logits held at once
+
+
+class FusedLinearCrossEntropy(torch.autograd.Function):
+    """Σ over tokens of the cross-entropy of `hidden @ weight.T + bias`.
+
+    hidden (N, H), targets (N,) without ignored ones. The gradients are made in the forward pass, chunk by chunk:
+    three matrix products a chunk, none repeated, and no (N, vocabulary) tensor ever. `kind` is `nll`, or `dft`
+    (each token weighted by its own detached probability, arXiv 2508.05629).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        smoothing: float,
+        kind: str,
+    ) -> torch.Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        vocabulary = weight.shape[0]
+        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+        matrix = weight if dtype is None else weight.to(dtype)
+        rows = hidden.to(matrix.dtype)
+        grad_hidden = torch.empty_like(rows) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        size = max(16, CHUNK_BYTES // (4 * vocabulary))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, rows.shape[0], size):
+                part, target = rows[start : start + size], targets[start : start + size]
+                logits = nn.functional.linear(part, matrix, None if bias is None else bias.to(matrix.dtype)).float()
+                partition = logits.logsumexp(-1, keepdim=True)
+                picked = logits.gather(1, target[:, None])
+                losses = partition - picked
+                share = (-losses).exp() if kind == "dft" else None
+                if smoothing:
+                    losses = (1 - smoothing) * losses + smoothing * (partition - logits.mean(-1, keepdim=True))
+                total += (losses if share is None else losses * share).sum()
+                if not (needs_hidden or needs_weight or needs_bias):
+                    continue
+                grad = logits.sub_(partition).exp_()  # the softmax, in place
+                if smoothing:
+                    grad -= smoothing / vocabulary
+                grad.scatter_add_(1, target[:, None], torch.full_like(picked, smoothing - 1))
+                if share is not None:
+                    grad *= share
+                grad = grad.to(matrix.dtype)
+                if grad_hidden is not None:
+                    torch.mm(grad, matrix, out=grad_hidden[start : start + size])
+                if grad_weight is not None:
+                    if grad_weight.dtype == grad.dtype:
+                        grad_weight.addmm_(grad.t(), part)
+                    else:
+                        grad_weight += grad.t() @ part
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = hidden.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale = upstream[0]
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtype),
+            None if grad_weight is None else grad_weight.mul_(scale),
+            None if grad_bias is None else grad_bias.mul_(scale),
+            None,
+            None,
+            None,
+        )
+
+
+class Head:
+    """The output head of a model, able to answer with a loss instead of logits.
+
+    The product happens inside the head's own forward, so that ZeRO-3's hooks have gathered the weight.
+    """
+
+    def __init__(self, model: Any, smoothing: float, kind: str) -> None:
+        self.module = model.get_output_embeddings()
+        self.smoothing, self.kind = smoothing, kind
+        self.targets: torch.Tensor | None = None
+        # An adapter on the head, or a head that is no plain matrix, has a forward of its own.
+        self.usable = type(self.module) is nn.Linear
+        if self.usable:
+            self.original = self.module.forward
+            self.module.forward = self._forward
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.targets is None:
+            return self.original(hidden)
+        wanted = self.targets != IGNORED
+        weight, bias = self.module.weight, self.module.bias
+        if not torch.is_grad_enabled():  # the function would make gradients that nobody asks for
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return FusedLinearCrossEntropy.apply(
+            hidden[wanted], weight, bias, self.targets[wanted], self.smoothing, self.kind
+        )
+
+    @contextmanager
+    def answering(self, targets: torch.Tensor | None) -> Iterator[None]:
+        """While open the head returns the summed loss over `targets` (B, L), already shifted; None: logits."""
+        self.targets = targets
+        try:
+            yield
+        finally:
+            self.targets = None
+
+
+def full_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, kind: str) -> torch.Tensor:
+    """The same sum from the full logits (B, L, V), for architectures that change logits after the head."""
+    wanted = targets != IGNORED
+    picked, target = logits[wanted].float(), targets[wanted]
+    losses = nn.functional.cross_entropy(picked, target, reduction="none", label_smoothing=smoothing)
+    if kind == "dft":
+        plain = nn.functional.cross_entropy(picked.detach(), target, reduction="none")
+        losses = losses * (-plain).exp()
+    return losses.sum()

@@ -1,0 +1,121 @@
+"""Model and tokenizer as the recipe wants them. torch is imported inside: the plan reads these signatures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ftdist.errors import UserError
+from ftdist.rundir import cache_root
+from ftdist.schema import nearest
+
+DEMO_SEED = 0
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ftdist.strategies import Recipe
+
+
+def local_path(path: str, revision: str | None) -> str:
+    """The directory that holds `path`: itself, the demo model (made here once), or a hub id's snapshot (fetched once)."""
+    if path == "demo":
+        from ftdist import demo
+
+        return str(demo.model(cache_root() / "demo", DEMO_SEED))
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local.resolve())
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, revision=revision)
+    except Exception as failure:
+        reason = str(failure).strip().splitlines()[0]
+        raise UserError(f"model.path={path}: no such directory, and not to be had from the hub ({reason})")
+
+
+def load(
+    *,
+    path: str,
+    revision: str | None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"],
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"],
+    trust_remote_code: bool,
+    quantization: Mapping[str, Any] | None,
+    loaded_dtype: str,
+) -> PreTrainedModel:
+    """The causal language model; `dtype: auto` loads weights in `loaded_dtype`.
+
+    Under ZeRO-3 the training arguments must exist before this call: they make `from_pretrained` shard.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    kwargs: dict[str, Any] = {}
+    if quantization:
+        kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
+        kwargs["device_map"] = {"": _device()}
+    # Errors of a missing or broken file are the user's to mend: one line, not a traceback.
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=loaded_dtype if dtype == "auto" else dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError) as failure:
+        raise UserError(f"model.path={path}: {str(failure).strip().splitlines()[0]}")
+    model.config.use_cache = False
+    return model
+
+
+def tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, with a padding token."""
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    if made.pad_token is None:
+        made.pad_token = made.eos_token
+    return made
+
+
+def _device() -> Any:
+    import torch
+
+    return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+
+
+def apply(model: PreTrainedModel, recipe: Recipe, trained_dtype: str) -> Any:
+    """Put adapters around the model, or freeze all but the named parameters, before any engine exists.
+
+    Trained weights are held in `trained_dtype`, frozen ones stay as loaded. UserError for a name that matches nothing: ZeRO fixes the trainable set when it starts.
+    """
+    import torch
+
+    if recipe.trainable is not None:
+        names = {name for name, _ in model.named_parameters()}
+        for name in sorted(recipe.trainable - names):
+            raise UserError(f"strategy: the model has no parameter {name}; {nearest(name, sorted(names))}")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in recipe.trainable)
+    if recipe.peft is not None:
+        import peft
+
+        config = peft.get_peft_config(dict(recipe.peft))
+        try:
+            model = peft.get_peft_model(model, config)
+        except ValueError as failure:
+            raise UserError(f"strategy.target_modules: {str(failure).strip().splitlines()[0]}")
+    for parameter in model.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # ZeRO-3 holds shards in its own type
+            parameter.data = parameter.data.to(getattr(torch, trained_dtype))
+    return model
+
+
+def trainable_elements(model: Any) -> int:
+    """Trained elements, sharded ones (ZeRO-3 leaves shape 0 behind) counted whole."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,68 @@
+"""Sequences and tokens per step, steps per epoch: the same arithmetic that the trainer does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step works on."""
+
+    sequences_per_step: int  # rows over all processes and accumulation steps
+    tokens_per_step: int  # room for tokens; filled when rows are packed
+    steps_per_epoch: int | None  # None: the number of rows is not known yet
+    total_steps: int | None
+    arithmetic: list[str]  # lines that show where the numbers come from
+
+
+def batch_arithmetic(
+    *,
+    per_device_train_batch_size: int,
+    gradient_accumulation_steps: int,
+    processes: int,
+    nodes: int,
+    max_length: int,
+    packing: bool,
+    rows: int | None,
+    num_train_epochs: float,
+    max_steps: int,
+) -> Batch:
+    """`processes` is per node; `rows` counts what the trainer sees: packed rows where rows are packed.
+
+    Steps as in transformers' `Trainer.set_initial_training_values`: the last batch of an epoch may be short,
+    a `max_steps` above 0 overrides the epochs.
+    """
+    world = processes * nodes
+    sequences = per_device_train_batch_size * gradient_accumulation_steps * world
+    tokens = sequences * max_length
+
+    factors = [
+        f"{per_device_train_batch_size:,} micro-batch",
+        f"{gradient_accumulation_steps:,} accumulation",
+    ]
+    factors.append(f"{processes:,} process" + ("es" if processes > 1 else ""))
+    if nodes > 1:
+        factors.append(f"{nodes:,} nodes")
+    amount = (
+        f"{tokens:,} tokens per step"
+        if packing
+        else f"at most {tokens:,} tokens per step (rows are not packed)"
+    )
+    lines = [f"{' × '.join(factors)} = {sequences:,} sequences × {max_length:,} tokens = {amount}"]
+
+    per_epoch = total = None
+    if rows is not None:
+        micro_batches = math.ceil(rows / (per_device_train_batch_size * world))
+        per_epoch = max(math.ceil(micro_batches / gradient_accumulation_steps), 1)
+        total = math.ceil(num_train_epochs * per_epoch)
+        kind = "packed rows" if packing else "rows"
+        epoch = f"{rows:,} {kind} / {sequences:,} = {per_epoch:,} steps per epoch"
+        if max_steps <= 0:
+            lines.append(f"{epoch} × {num_train_epochs:g} epochs = {total:,} steps")
+        else:
+            lines.append(f"{epoch}; train.max_steps={max_steps:,} is {max_steps / per_epoch:.3g} epochs")
+    if max_steps > 0:
+        total = max_steps
+    return Batch(sequences, tokens, per_epoch, total, lines)

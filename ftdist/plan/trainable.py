@@ -1,0 +1,205 @@
+"""How many parameters a strategy trains, by type of module, from shapes alone."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from ftdist.errors import UserError
+from ftdist.plan.shapes import Shapes, meta_model
+
+# Fields of peft.LoraConfig that decide what is trained and are computed here, and those that do not.
+_COUNTED = {
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "bias",
+    "rank_pattern",
+    "use_dora",
+    "lora_bias",
+}
+_WITHOUT_EFFECT = {
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
+    "auto_mapping", "lora_alpha", "lora_dropout", "alpha_pattern", "use_rslora", "fan_in_fan_out",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+_INITIALS = (
+    True,
+    False,
+    "gaussian",
+    "pissa",
+    "olora",
+    "eva",
+    "loftq",
+    "corda",
+    "orthogonal",
+)  # all train A and B
+
+
+def module_type(name: str) -> str:
+    """Spectrum's type of a module or parameter: the name after the first number, no `.weight`."""
+    name = re.sub(r"\.(weight|bias)$", "", name)
+    after_number = re.search(r"(?:^|\.)\d+\.(.+)", name)
+    return after_number[1] if after_number else name
+
+
+def trainable_parameters(
+    shapes: Shapes, *, peft: dict[str, Any] | None, trainable: Collection[str] | None
+) -> dict[str, int]:
+    """Type of module -> number of trained parameters, in the order of the model.
+
+    `peft`: the fields of the PeftConfig around the model, with `peft_type`. `trainable`: exact parameter
+    names that stay unfrozen. Neither: every parameter. UserError for a name or a target that matches nothing.
+    """
+    assert peft is None or trainable is None, "adapters freeze the base; there is nothing left to name"
+    if peft is not None:
+        # peft also reaches into experts that share one 3-D tensor, by rules of each model class
+        fused = any(len(shape) > 2 for shape in shapes.architecture.parameters.values())
+        return _lora(shapes, peft) if _is_plain_lora(peft) and not fused else _counted_by_peft(shapes, peft)
+    known = shapes.architecture.parameters
+    if trainable is None:
+        return _by_type((name, math.prod(shape)) for name, shape in known.items())
+    names = {shapes.architecture.tied.get(name, name) for name in trainable}
+    for name in sorted(names - set(known)):
+        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
+        raise UserError(
+            f"trainable parameter {name}: the model has none of that name; the nearest is {near[0]}"
+        )
+    return _by_type((name, math.prod(shape)) for name, shape in known.items() if name in names)
+
+
+def _by_type(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    table: dict[str, int] = {}
+    for name, count in counts:
+        if count:
+            kind = module_type(name)
+            table[kind] = table.get(kind, 0) + count
+    return table
+
+
+def _is_plain_lora(peft: dict[str, Any]) -> bool:
+    if str(peft["peft_type"]).rpartition(".")[2] != "LORA" or peft.get("target_modules") is None:
+        return False
+    if str(peft.get("init_lora_weights", True)).startswith("pissa_niter_"):
+        peft = peft | {"init_lora_weights": "pissa"}
+    if peft.get("init_lora_weights", True) not in _INITIALS:
+        return False
+    return not any(v for k, v in peft.items() if k not in _COUNTED | _WITHOUT_EFFECT | {"init_lora_weights"})
+
+
+def _lora(shapes: Shapes, peft: dict[str, Any]) -> dict[str, int]:
+    """LoRA on W (out × in): A (r × in), B (out × r); DoRA adds a magnitude per output (arXiv 2402.09353)."""
+    architecture = shapes.architecture
+    modules = _modules(architecture.parameters, architecture.linear)
+    saved = list(peft.get("modules_to_save") or ())
+    targets = [name for name in modules if _is_target(name, peft, saved, shapes)]
+    if not targets:
+        kinds = sorted({module_type(name) for name in architecture.linear})
+        raise UserError(
+            f"strategy.target_modules={_shown(peft['target_modules'])}: matches no layer of the model; its "
+            f"linear layers are {', '.join(kinds)}"
+        )
+    counts: dict[str, int] = {}
+    bias = peft.get("bias") or "none"
+    for name in targets:
+        size = architecture.linear.get(name) or architecture.embeddings.get(name)
+        if size is None:
+            raise UserError(
+                f"strategy.target_modules={_shown(peft['target_modules'])}: also matches {name}, which is "
+                "neither a linear layer nor an embedding; name the layers more exactly"
+            )
+        fan_in, fan_out = size
+        rank = _rank(name, peft)
+        counts[name] = rank * (fan_in + fan_out)
+        if peft.get("use_dora"):
+            counts[name] += fan_out
+        if peft.get("lora_bias"):
+            counts[name] += fan_out
+        if bias == "lora_only":
+            counts[name] += math.prod(architecture.parameters.get(f"{name}.bias", (0,)))
+    if bias == "all":
+        for name, shape in architecture.parameters.items():
+            if name.endswith(".bias"):
+                counts[name[: -len(".bias")]] = counts.get(name[: -len(".bias")], 0) + math.prod(shape)
+    for name in modules:
+        if any(name.endswith(part) for part in saved):  # peft compares the end of the name, dot or not
+            counts[name] = _size(name, shapes)
+    return _by_type((name, counts[name]) for name in modules if name in counts)
+
+
+def _modules(parameters: Iterable[str], linear: Iterable[str]) -> list[str]:
+    """Every module that holds parameters, itself or below, in the order of the model."""
+    names: dict[str, None] = {}
+    for name in [*parameters, *(f"{module}.weight" for module in linear)]:
+        parts = name.split(".")[:-1]
+        for length in range(1, len(parts) + 1):
+            names[".".join(parts[:length])] = None
+    return list(names)
+
+
+def _is_target(name: str, peft: dict[str, Any], saved: list[str], shapes: Shapes) -> bool:
+    """The rule of peft's `check_target_module_exists` and of its `all-linear`."""
+    if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in saved):
+        return False
+    excluded = peft.get("exclude_modules")
+    if excluded and _matches(name, excluded):
+        return False
+    target = peft["target_modules"]
+    if isinstance(target, str) and target.lower() == "all-linear":
+        return name in shapes.architecture.linear and name != shapes.architecture.head
+    return _matches(name, target)
+
+
+def _matches(name: str, pattern: str | Collection[str]) -> bool:
+    if isinstance(pattern, str):
+        try:
+            return re.fullmatch(pattern, name) is not None
+        except re.error as failure:
+            raise UserError(f"strategy.target_modules={pattern}: no valid regular expression ({failure})")
+    return any(name == part or name.endswith(f".{part}") for part in pattern)
+
+
+def _rank(name: str, peft: dict[str, Any]) -> int:
+    for pattern, rank in (peft.get("rank_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return int(rank)
+    return int(peft["r"])
+
+
+def _size(module: str, shapes: Shapes) -> int:
+    """Parameters of a module that peft copies; the copy of a tied head is a tensor of its own."""
+    own = sum(math.prod(s) for n, s in shapes.architecture.parameters.items() if n.startswith(f"{module}."))
+    if not own and module in shapes.architecture.linear:
+        return math.prod(shapes.architecture.linear[module])
+    return own
+
+
+def _shown(target: Any) -> str:
+    return target if isinstance(target, str) else "[" + ",".join(sorted(target)) + "]"
+
+
+def _counted_by_peft(shapes: Shapes, peft: dict[str, Any]) -> dict[str, int]:
+    """Any other adapter: peft itself puts it around a model without memory. Slow: imports transformers."""
+    from peft import get_peft_config, get_peft_model
+
+    model = meta_model(shapes.config, shapes.directory, trust_remote_code=True)
+    modules = sorted(
+        _modules(shapes.architecture.parameters, shapes.architecture.linear), key=len, reverse=True
+    )
+    try:
+        adapted = get_peft_model(model, get_peft_config(dict(peft)), low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as failure:
+        raise UserError(
+            f"strategy: peft refuses its adapter for this model: {' '.join(str(failure).split())[:200]}"
+        )
+    counts = []
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            inner = name.removeprefix("base_model.model.")
+            home = next((module for module in modules if inner.startswith(f"{module}.")), inner)
+            counts.append((home, parameter.numel()))
+    return _by_type(counts)

@@ -1,0 +1,112 @@
+"""Where things live on disk: the cache, and the run directory that is the only interface between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ftdist.errors import UserError
+
+CLAIM = ".claim"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets",
+            "hydra-core", "wandb")  # fmt: skip
+
+
+def cache_root() -> Path:
+    """The directory of everything that can be made again: $FTDIST_CACHE, else the user's cache directory."""
+    explicit = os.environ.get("FTDIST_CACHE")
+    if explicit:
+        return Path(explicit).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ftdist"
+
+
+def fresh_name(model: str, strategy: str) -> str:
+    """runs/<time>-<model>-<strategy>; microseconds keep two starts in one second apart."""
+    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
+    return f"runs/{now}-{Path(model).name}-{strategy}"
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[Path]:
+    """Make `path` this run's own and private; on an error inside, take away what was made, and nothing else.
+
+    UserError if it holds anything already or cannot be written.
+    """
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        taken = any(path.iterdir())
+        os.close(os.open(path / CLAIM, os.O_CREAT | os.O_EXCL)) if not taken else None
+    except FileExistsError:
+        taken = True
+    except (OSError, NotADirectoryError) as failure:
+        raise UserError(f"run_dir={path}: cannot be written ({failure.strerror}); choose another")
+    if taken:
+        raise UserError(f"run_dir={path}: holds a run or other files already; choose another or leave it out")
+    try:
+        yield path
+    except BaseException:
+        (path / CLAIM).unlink(missing_ok=True)
+        if path in made:
+            shutil.rmtree(path, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def write_yaml(path: Path, value: Any) -> None:
+    """Whole or not at all, keys in the order given."""
+    import yaml
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration that the run was frozen with. UserError if `run_dir` is no run."""
+    import yaml
+
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_dir}: no run directory (no config.yaml in it); runs are made by `ftdist train`")
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return config
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, machine: what somebody needs who wants to run this again."""
+    versions = {}
+    for package in ("ftdist", *PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "command": sys.argv,
+        "commit": git.stdout.strip() or None,
+        "versions": versions,
+    }

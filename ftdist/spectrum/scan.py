@@ -1,0 +1,278 @@
+"""The SNR scan: every weight is measured once, shared by processes, machines and killed attempts.
+
+Results go to `<cache>/spectrum/<content of the weights>/<version>/<worker>.jsonl`, a line for each tensor with
+both thresholds. A scan first reads what is there, so it goes on where one was killed, and workers need no
+connection but this directory: under `accelerate launch`, torchrun or srun each rank takes its share, and rank 0
+writes `snr.json` when every tensor is there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from ftdist.errors import USAGE, UserError
+from ftdist.rundir import cache_root
+from ftdist.spectrum import names, reader, work
+from ftdist.spectrum.formats import dumps
+from ftdist.spectrum.reader import Stored
+from ftdist.spectrum.snr import Threshold
+
+_VERSION = 1  # of the numbers: a change of method must not meet old results
+_STALL = 1800.0  # seconds without a new result from any rank before a rank stops waiting
+
+
+def scan(
+    *,
+    model_path: str,
+    revision: str | None = None,
+    output: Path,
+    processes: int,
+    device: Literal["auto", "cpu", "cuda"],
+    threshold: Threshold,
+    group_experts: bool,
+) -> Path:
+    """Measures the weights at `model_path` and writes `output` (snr.json); returns it.
+
+    `processes`: worker processes of each rank; on GPUs they take the devices in turn. Results are kept by the
+    content of the weights: a second scan of the same weights is read from the cache.
+    UserError: weights that are missing, damaged, quantised or not finite, or without a matrix.
+    """
+    if processes < 1:
+        raise UserError(f"processes={processes}: must be at least 1")
+    model_dir = reader.find(model_path, revision)
+    weights = {n: t for n, t in reader.tensors(model_dir).items() if names.is_scanned(n, t.shape)}
+    if not any(len(tensor.shape) > 1 for tensor in weights.values()):
+        raise UserError(
+            f"model.path={model_path}: has no 2-D weights, there is nothing to scan; give a language model"
+        )
+    rank, world = launched_as()
+    key = reader.content_key(reader.shards(model_dir), rank=rank, world=world)
+    results = cache_root() / "spectrum" / key / f"v{_VERSION}"
+    results.mkdir(parents=True, exist_ok=True)
+
+    done = work.read_results(results)
+    if world == 1:  # one rank sees everything that is missing; several would not see the same
+        share = [tensor for name, tensor in weights.items() if name not in done]
+        shares = assign(share, processes)
+    else:
+        every = assign(list(weights.values()), world * processes)
+        shares = [[t for t in part if t.name not in done] for part in every[rank::world]]
+    shares = [part for part in shares if part]
+    if shares:
+        with _progress(results, weights) if rank == 0 else _silence():
+            _run(shares, results, device)
+    measured = _wait(results, weights) if world > 1 else work.read_results(results)
+    text = dumps(_entries(weights, measured, threshold, group_experts))
+    if rank == 0:
+        reader.write_atomically(output, text)
+    else:
+        _until(lambda: output.is_file() and output.read_text() == text, f"rank 0 to write {output}")
+    return output
+
+
+def launched_as() -> tuple[int, int]:
+    """(rank, number of ranks) as given by torchrun, accelerate or srun; (0, 1) without a launcher."""
+    env = os.environ
+    pairs = [("RANK", "WORLD_SIZE")]
+    # In a batch script SLURM_PROCID is 0 and SLURM_NTASKS is set as well, but only a step of srun has tasks.
+    if 0 <= int(env.get("SLURM_STEP_ID", "-1")) < 0xFFFFFF00:
+        pairs.append(("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+    for rank, world in pairs:
+        if rank in env and world in env:
+            return int(env[rank]), int(env[world])
+    return 0, 1
+
+
+def cost(tensor: Stored) -> float:
+    """Work, in multiplications: the Gram matrix, and slower ones (measured: 3 times) for its eigenvalues."""
+    *stack, rows, columns = (1, *tensor.shape) if len(tensor.shape) == 1 else tensor.shape
+    short, long = min(rows, columns), max(rows, columns)
+    return math.prod(stack) * (float(short) ** 2 * long + 3.0 * float(short) ** 3) + tensor.elements
+
+
+def assign(tensors: list[Stored], workers: int) -> list[list[Stored]]:
+    """Largest first, each to the worker that has least to do; the same for everyone who asks."""
+    shares: list[list[Stored]] = [[] for _ in range(workers)]
+    loads = [0.0] * workers
+    for tensor in sorted(tensors, key=lambda t: (-cost(t), t.name)):
+        least = loads.index(min(loads))
+        shares[least].append(tensor)
+        loads[least] += cost(tensor)
+    return shares
+
+
+def _cores() -> int:
+    """Cores for this rank: its own where SLURM binds them, else its part of the machine."""
+    cores = len(os.sched_getaffinity(0))
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        return min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _run(shares: list[list[Stored]], results: Path, device: str) -> None:
+    """One share here, or each in a process of its own."""
+    first = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) * len(shares)
+    files = [results / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl" for _ in shares]
+    threads = max(1, _cores() // len(shares))
+    if len(shares) == 1:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            work.measure_all(shares[0], files[0], work.place(device, first))
+        finally:
+            torch.set_num_threads(before)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [Path(folder) / str(i) for i in range(len(shares))]
+        running: list[subprocess.Popen[str]] = []
+        try:
+            for i, (share, file, error) in enumerate(zip(shares, files, errors, strict=True)):
+                with error.open("w") as stream:
+                    running.append(_start(work.job(share, file, device, first + i, threads), threads, stream))
+            _join(running, errors)
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+
+
+def _start(job: str, threads: int, errors: IO[str]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ftdist.spectrum.work"],
+        stdin=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+    )
+    assert process.stdin is not None
+    process.stdin.write(job)
+    process.stdin.close()
+    return process
+
+
+def _join(running: list[subprocess.Popen[str]], errors: list[Path]) -> None:
+    """Waits for all; the first that fails ends the scan with its message."""
+    waiting = dict(zip(running, errors, strict=True))
+    while waiting:
+        for process, error in list(waiting.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del waiting[process]
+            said = error.read_text().strip()
+            if code == USAGE:
+                raise UserError(said.splitlines()[-1])
+            if code:
+                raise RuntimeError(f"a worker of the scan ended with status {code}: {said[-2000:]}")
+        time.sleep(0.05)
+
+
+def _wait(results: Path, weights: dict[str, Stored]) -> dict[str, list[dict[str, Any]]]:
+    """The results of all ranks, when they are there."""
+    found: dict[str, list[dict[str, Any]]] = {}
+
+    def complete() -> bool:
+        found.update(work.read_results(results))
+        return weights.keys() <= found.keys()
+
+    _until(complete, f"the other ranks' results in {results}", progress=lambda: len(found))
+    return found
+
+
+def _until(ready: Any, what: str, progress: Any = lambda: 0) -> None:
+    since, last = time.monotonic(), progress()
+    while not ready():
+        if progress() != last:
+            since, last = time.monotonic(), progress()
+        if time.monotonic() - since > _STALL:
+            raise RuntimeError(
+                f"scan: waited {_STALL:.0f} s for {what}; a rank is gone, or FTDIST_CACHE is not shared"
+            )
+        time.sleep(0.5)
+
+
+def _entries(
+    weights: dict[str, Stored],
+    measured: dict[str, list[dict[str, Any]]],
+    threshold: Threshold,
+    group_experts: bool,
+) -> dict[str, dict[str, Any]]:
+    """snr.json: module -> snr, type, shape and how it was found. Experts in one tensor: their mean, and each."""
+    entries = {}
+    for name in sorted(weights, key=names.natural_order):
+        module, found = names.module_name(name), measured[name]
+        values = [matrix[threshold]["snr"] for matrix in found]
+        entry = {
+            "snr": sum(values) / len(values),
+            "type": names.module_type(module, group_experts=group_experts),
+            "shape": list(weights[name].shape),
+            "dtype": weights[name].dtype,
+            "threshold": threshold,
+            "method": "svd" if any(matrix["method"] == "svd" for matrix in found) else found[0]["method"],
+            "error_bound": max(matrix[threshold]["error_bound"] for matrix in found),
+        }
+        if len(weights[name].shape) == 3:
+            entry["experts"] = values
+        else:
+            entry["largest_singular_value"] = found[0]["largest"]
+            entry["signal_values"] = found[0][threshold]["signal_values"]
+        entries[module] = entry
+    return entries
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _progress(results: Path, weights: dict[str, Stored]) -> Iterator[None]:
+    """A line with the time left on stderr: live on a terminal, else every ten seconds."""
+    total = sum(cost(tensor) for tensor in weights.values())
+    stop = threading.Event()
+    live = sys.stderr.isatty()
+
+    def share() -> tuple[float, int]:
+        done = [weights[name] for name in work.read_results(results) if name in weights]
+        return sum(cost(tensor) for tensor in done) / total, len(done)
+
+    def watch() -> None:
+        start, (at_start, _) = time.monotonic(), share()
+        while not stop.wait(1.0 if live else 10.0):
+            part, count = share()
+            spent = time.monotonic() - start
+            left = (
+                f"{_duration(spent / (part - at_start) * (1 - part))} left"
+                if part > at_start
+                else "time left unknown"
+            )
+            line = f"scan: {count} of {len(weights)} weights, {part:.0%} of the work, {left}"
+            print(f"\r{line:<70}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+        if live:
+            print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,146 @@
+"""What a run tells while it runs: metrics.jsonl, a live line or plain lines, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+Log = Callable[[dict[str, Any], int], None]
+COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
+
+
+def start(run_dir: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
+    """How to log a step's metrics, and what to call at the end. Called by global rank 0 alone."""
+    tracking = config["tracking"]
+    if tracking["name"] == "none":
+        return no_run(**tracking)
+    return wandb_run(run_dir, config, **tracking)
+
+
+def function(name: Any) -> Callable[..., Any]:
+    """The function whose signature is the schema of this choice's keys."""
+    return no_run if name == "none" else wandb_run
+
+
+def no_run(*, name: str) -> tuple[Log, Callable[[], None]]:
+    """Tracking is off: metrics.jsonl stays the only record."""
+    assert name == "none"
+    return (lambda metrics, step: None), (lambda: None)
+
+
+def wandb_run(
+    run_dir: Path,
+    config: dict[str, Any],
+    *,
+    name: str,
+    project: str,
+    entity: str | None,
+    group: str | None,
+    job_type: str | None,
+    tags: list[str],
+) -> tuple[Log, Callable[[], None]]:
+    """A W&B run of its own client: online when logged in, else offline in the run directory.
+
+    The id is the run directory's name, so that a run is one run however often it is started.
+    """
+    assert name == "wandb"
+    import wandb
+
+    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
+    run = wandb.init(
+        project=project,
+        entity=entity,
+        group=group,
+        job_type=job_type or config["task"]["name"],
+        tags=tags,
+        id=run_dir.name.replace(".", "-").replace(":", "-"),
+        name=run_dir.name,
+        resume="allow",
+        dir=run_dir,
+        config=config,
+        mode=mode,
+        settings=wandb.Settings(console="off", silent=True),
+    )
+    return (lambda metrics, step: run.log(metrics, step=step)), (lambda: run.finish())
+
+
+def follow(run_dir: Path, log: Log, out: IO[str]) -> TrainerCallback:
+    """Writes metrics.jsonl, prints a live line on a terminal and plain lines elsewhere. For global rank 0 only."""
+    from transformers import TrainerCallback
+
+    class Follow(TrainerCallback):
+        def __init__(self) -> None:
+            self.file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+            self.live = out.isatty()
+            self.printed = 0.0
+            self.started: tuple[int, float] | None = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.started is None:  # after the first step: its time is start-up, not speed
+                self.started = (state.global_step, time.monotonic())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            step = state.global_step
+            if "eval_loss" in logs:
+                self._record({"step": step, **logs})
+                self._say(f"step {step}: held-out loss {logs['eval_loss']:.4f}, "
+                          f"perplexity {logs['eval_perplexity']:.4g}", keep=True)  # fmt: skip
+            elif "loss" in logs:
+                self._record({"step": step, **{k: logs.get(k) for k in COLUMNS}, "epoch": logs.get("epoch")})
+                self._say(self._line(step, state.max_steps, logs), keep=step >= state.max_steps)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.file.close()
+
+        def _record(self, row: dict[str, Any]) -> None:
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self.file.write(json.dumps(row) + "\n")
+            log({k: v for k, v in row.items() if k != "step" and v is not None}, row["step"])
+
+        def _line(self, step: int, steps: int, logs: dict[str, Any]) -> str:
+            left = ""
+            if self.started and step > self.started[0]:
+                pace = (time.monotonic() - self.started[1]) / (step - self.started[0])
+                left = f" · {duration(pace * (steps - step))} left"
+            return (
+                f"step {step}/{steps} · loss {logs['loss']:.4f} · lr {logs['learning_rate']:.2e} · "
+                f"{logs['tokens_per_second']:,.0f} tokens/s · {memory_gib():.2f} GiB{left}"
+            )
+
+        def _say(self, text: str, keep: bool) -> None:
+            if self.live:
+                out.write(f"\r\x1b[K{text}" + ("\n" if keep else ""))
+            elif keep or time.monotonic() - self.printed > 2:
+                self.printed = time.monotonic()
+                out.write(text + "\n")
+            out.flush()
+
+    return Follow()
+
+
+def memory_gib() -> float:
+    """Peak memory of this process so far: of the GPU where there is one, else of the host."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,108 @@
+"""For people who start every rank themselves: accelerate launch --config_file launch/zero3.yaml -m ftdist.train …
+
+Global rank 0 composes, plans, prepares and freezes; the others wait at the launcher's store for the name of the one
+run directory. Then every rank is the same worker as under `ftdist train`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ftdist import cli
+from ftdist.errors import INTERRUPTED, OK, USAGE, UserError
+
+WAIT = timedelta(days=1)  # for the data to be prepared: no collective is open, so nothing else times out
+
+
+def main(argv: list[str]) -> int:
+    """This rank's exit status."""
+    if "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return cli.main(["train", *argv])  # no launcher around us
+    rank = int(os.environ.get("RANK", "0"))
+    store = _store()
+    if rank == 0:
+        try:
+            run_dir = frozen(argv)
+        except (UserError, KeyboardInterrupt) as failure:
+            if store is not None:
+                store.set("ftdist/failed", "1")
+                store.set("ftdist/run_dir", "")
+            print(f"ftdist: {failure or 'interrupted'}", file=sys.stderr)
+            return USAGE if isinstance(failure, UserError) else INTERRUPTED
+        if store is not None:
+            store.set("ftdist/run_dir", str(run_dir))
+    else:
+        assert store is not None
+        store.wait(["ftdist/run_dir"], WAIT)
+        name = store.get("ftdist/run_dir").decode()
+        if not name:
+            return USAGE  # rank 0 has said why
+        run_dir = Path(name)
+    from ftdist import job, worker
+
+    status = worker.main(run_dir)
+    if rank == 0 and status == OK:
+        job.finish(run_dir)
+        print(f"run: {run_dir}")
+    return status
+
+
+def frozen(argv: list[str]) -> Path:
+    """Global rank 0's part: a run directory with everything that the ranks read, for the engine of the launcher."""
+    from ftdist import compose, job, launcher, rundir
+
+    engine, deepspeed = _engine()
+    chosen = [word for word in argv if word.startswith("engine=")]
+    if chosen and chosen != [f"engine={engine}"]:
+        raise UserError(f"{chosen[0]}: the launcher was started for {engine}; leave it out or use launch/{chosen[0][7:]}.yaml")
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    given = {"engine": engine, "cluster": "outside", "cluster.nodes": world // local, "cluster.processes": local}
+    words = [word for word in argv if word.split("=")[0] not in given]
+    configs = compose.compose("train", [*words, *(f"{key}={value}" for key, value in given.items())])
+    if len(configs) != 1:
+        raise UserError("a launcher runs one configuration: leave out -m and --cfg, or use ftdist train")
+    config = configs[0]
+    job.decide(config)
+    job.plan(config)
+    run_dir = Path(config["run_dir"]).expanduser().absolute()
+    with rundir.claimed(run_dir):
+        job.freeze(config, run_dir)
+        if deepspeed is not None:  # the launcher's own file is the one that counts
+            shutil.copyfile(deepspeed, run_dir / "deepspeed.json")
+        rundir.write_yaml(run_dir / "accelerate.yaml", launcher.accelerate_file(engine, local, run_dir / "deepspeed.json"))
+    return run_dir
+
+
+def _engine() -> tuple[str, Path | None]:
+    """The engine that the launcher's environment stands for, and its DeepSpeed file."""
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return ("ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"), None
+    if not file:
+        raise UserError("the launcher uses DeepSpeed without a deepspeed_config_file; use one of launch/*.yaml")
+    section: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+    devices = {part.get("device") for key, part in section.items() if key.startswith("offload_")}
+    suffix = "_nvme" if "nvme" in devices else "_offload" if "cpu" in devices else ""
+    return f"zero{section.get('stage', 0)}{suffix}", Path(file)
+
+
+def _store() -> Any:
+    """The rendezvous store that the launcher's agent keeps, or None for one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    import torch.distributed as dist
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() != "true":
+        raise UserError("ftdist.train needs torchrun or accelerate launch to start its ranks")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore("ftdist", dist.TCPStore(host, port, is_master=False, timeout=WAIT))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""One training process: what every rank does, in order. Start reading here.
+
+Started as `python -m ftdist.worker RUN` by a launcher that sets RANK, WORLD_SIZE and the rendezvous. All that it
+needs is in the run directory; it composes nothing and decides nothing that another rank might see otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ftdist import rundir
+from ftdist.errors import FAILED, USAGE, UserError
+
+
+def train(run_dir: Path) -> None:
+    """Train the frozen run; leave its metrics and `final/`."""
+    config = rundir.read_config(run_dir)
+    plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
+    main = int(os.environ.get("RANK", "0")) == 0
+
+    import datasets
+
+    from ftdist import models, tracking
+    from ftdist.plan.shapes import model_shapes
+    from ftdist.save import save_final
+    from ftdist.strategies import Base, find
+    from ftdist.trainer import TokenTrainer, collate
+
+    path, revision, remote = (config["model"][key] for key in ("path", "revision", "trust_remote_code"))
+    arguments = training_arguments(run_dir, config, plan)  # first: under ZeRO-3 they make the model load sharded
+    shapes = model_shapes(path, None, revision=revision, trust_remote_code=remote).architecture.parameters
+    keys = {key: value for key, value in config["strategy"].items() if key != "name"}
+    recipe = find(config["strategy"]["name"])(Base(shapes, plan["precision"], plan["storage"]), **keys)
+
+    tokenizer = models.tokenizer(path, revision, remote)
+    wanted = {key: value for key, value in config["model"].items() if key != "architecture"}
+    model = models.load(**wanted, quantization=recipe.quantization, loaded_dtype=plan["loaded"])
+    model = models.apply(model, recipe, trained_dtype=plan["trained"])
+    if plan["adapters"] and arguments.gradient_checkpointing:
+        model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
+
+    data = Path(plan["prepared"])
+    trainer = TokenTrainer(
+        model=model,
+        args=arguments,
+        packing=config["train"]["packing"],
+        loss_type=config["train"]["loss_type"],
+        train_dataset=datasets.load_from_disk(str(data / "train")),
+        eval_dataset=datasets.load_from_disk(str(data / "validation")),
+        data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
+        callbacks=list(recipe.callbacks),
+    )
+    counted = models.trainable_elements(model)
+    if counted != plan["trainable_parameters"]:
+        raise RuntimeError(f"{counted:,} parameters would be trained, the plan has {plan['trainable_parameters']:,}")
+
+    finish = None
+    if main:
+        log, finish = tracking.start(run_dir, config)
+        trainer.add_callback(tracking.follow(run_dir, log, sys.stdout))
+    trainer.train()
+    save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main)
+    if finish:
+        finish()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, Any]) -> Any:
+    """TRL's SFTConfig from `train:` and from what the plan decided."""
+    import torch
+    from trl import SFTConfig
+
+    values = dict(config["train"])
+    if values["gradient_checkpointing"]:
+        # PEFT under ZeRO-3 recomputes wrongly without the reentrant kind (TRL issue 2514).
+        values["gradient_checkpointing_kwargs"] = {
+            "use_reentrant": plan["stage"] == 3 and plan["adapters"],
+            **(values.get("gradient_checkpointing_kwargs") or {}),
+        }
+    settings = run_dir / "deepspeed.json"
+    if settings.is_file() and not torch.cuda.is_available():
+        import deepspeed.ops as ops
+
+        # Shared-memory collectives for CPUs: compiled for half a minute at the first start, where gloo is at hand.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return SFTConfig(
+        **values,
+        output_dir=str(run_dir),
+        deepspeed=str(settings) if settings.is_file() else None,
+        seed=config["seed"],
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        report_to="none",
+        logging_nan_inf_filter=False,  # a NaN is shown as it is
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def main(run_dir: Path) -> int:
+    """Run `train`, keep this rank's output and error in `logs/`, and answer with an exit status."""
+    rank = int(os.environ.get("RANK", "0"))
+    logs = run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    log = logs / f"rank-{rank}.log"
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, sys.stderr.fileno())
+    if rank != 0:
+        os.dup2(descriptor, sys.stdout.fileno())
+    # A rank whose launcher is gone has nobody who would stop it: die with the parent (Linux, prctl 1 = PDEATHSIG).
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        train(run_dir)
+    except Exception as failure:
+        traceback.print_exc()
+        text = str(failure).strip().splitlines() or [""]
+        known = isinstance(failure, UserError)
+        message = text[0] if known else f"{type(failure).__name__}: {text[0]}"
+        report = {"rank": rank, "time": time.time(), "message": message, "log": str(log)}
+        rundir.write_json(logs / f"rank-{rank}.error.json", {**report, "status": USAGE if known else FAILED})
+        # Not sys.exit: other threads and atexit hooks of a half-made process group can hang for minutes.
+        sys.stderr.flush()
+        os._exit(USAGE if known else FAILED)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
