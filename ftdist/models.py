@@ -55,8 +55,11 @@ def load(
 
     kwargs: dict[str, Any] = {}
     if quantization:
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
         kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
-        kwargs["device_map"] = {"": _device()}
+        if not is_deepspeed_zero3_enabled():
+            kwargs["device_map"] = {"": _device()}
     # Errors of a missing or broken file are the user's to mend: one line, not a traceback.
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -70,6 +73,11 @@ def load(
     except (OSError, ValueError) as failure:
         raise UserError(f"model.path={path}: {str(failure).strip().splitlines()[0]}")
     model.config.use_cache = False
+    for module in model.modules():
+        # On CPUs with bfloat16, bitsandbytes 0.50 repacks 4-bit weights at the first evaluation into a layout whose
+        # product has no gradient, and keeps it when training goes on: the adapters below would stop learning.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

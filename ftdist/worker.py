@@ -68,6 +68,8 @@ def train(run_dir: Path) -> None:
         log, finish = tracking.start(run_dir, config)
         trainer.add_callback(tracking.follow(run_dir, log, sys.stdout))
     trainer.train()
+    if plan["stage"] == 3:
+        trainer.model_wrapped.empty_partition_cache()  # the last evaluation may have left prefetches in flight
     save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main)
     if finish:
         finish()
@@ -88,12 +90,7 @@ def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, An
             **(values.get("gradient_checkpointing_kwargs") or {}),
         }
     settings = run_dir / "deepspeed.json"
-    if settings.is_file() and not torch.cuda.is_available():
-        import deepspeed.ops as ops
-
-        # Shared-memory collectives for CPUs: compiled for half a minute at the first start, where gloo is at hand.
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return SFTConfig(
+    arguments = SFTConfig(
         **values,
         output_dir=str(run_dir),
         deepspeed=str(settings) if settings.is_file() else None,
@@ -106,6 +103,15 @@ def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, An
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    if settings.is_file():
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__ as compiled
+
+        if not torch.cuda.is_available():
+            # Shared-memory collectives for CPUs: compiled for half a minute at the first start; gloo is at hand.
+            compiled["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed()  # sharded loading needs the world size that batch sizes are checked against
+    return arguments
 
 
 def main(run_dir: Path) -> int:

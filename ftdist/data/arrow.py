@@ -12,7 +12,12 @@ SHARD_TOKENS = 16_000_000
 _BATCH_ROWS = 1_000
 
 
-def write_shard(path: Path, columns: list[str], rows: int, lists: Callable[[int, int], list[tuple[np.ndarray, np.ndarray]]]) -> None:
+def write_shard(
+    path: Path,
+    columns: list[str],
+    rows: int,
+    lists: Callable[[int, int], list[tuple[np.ndarray, np.ndarray]]],
+) -> None:
     """An Arrow stream of list<int32> columns. `lists(start, stop)` gives (values, lengths) of each column."""
     import pyarrow as pa
 
@@ -26,7 +31,9 @@ def write_shard(path: Path, columns: list[str], rows: int, lists: Callable[[int,
             for values, lengths in lists(start, min(start + _BATCH_ROWS, rows)):
                 offsets = np.zeros(len(lengths) + 1, np.int32)
                 np.cumsum(lengths, out=offsets[1:])
-                arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32, copy=False))))
+                arrays.append(
+                    pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32, copy=False)))
+                )
             writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 

@@ -18,7 +18,8 @@ from ftdist.errors import UserError
 # what a tokenizer is made of; weights and images in the same folder are not
 _TOKENIZER_ENDINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _NOT_TOKENIZER = ("generation_config.json", "trainer_state.json", "all_results.json", "train_results.json")
-# a file changed within the clock's grain of its hashing could change again unseen: such a hash is not remembered
+# a file changed within the clock's grain of its hashing could change again unseen: such a hash is not
+# remembered
 _GRAIN_NS = 2_000_000_000
 
 
@@ -46,7 +47,9 @@ class FileHashes:
                 digest.update(chunk)
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise UserError(f"data.path={path}: the file changed while it was read; start again when it is whole")
+            raise UserError(
+                f"data.path={path}: the file changed while it was read; start again when it is whole"
+            )
         if time.time_ns() - before.st_mtime_ns > _GRAIN_NS:
             self._known[str(path)] = [*identity, digest.hexdigest()]
             self._changed = True
@@ -77,7 +80,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def key(options: dict[str, Any], files: Iterable[tuple[str, str]]) -> str:
-    """The key (40 hex digits) of options, (role, sha256) of files, our code and the libraries that decide tokens."""
+    """The key (40 hex digits) of options, (role, sha256) of files, our code and the libraries that decide
+    tokens."""
     digest = hashlib.sha256()
     digest.update(json.dumps(options, sort_keys=True, default=str).encode())
     for role, sha in files:
@@ -89,11 +93,12 @@ def key(options: dict[str, Any], files: Iterable[tuple[str, str]]) -> str:
     return digest.hexdigest()[:40]
 
 
-# --- atomic publication ------------------------------------------------------------------------------------------
+# --- atomic publication ---------------------------------------------------------------------------
 
 
 def workplace(final: Path) -> Path:
-    """A fresh folder beside `final` to build it in; what dead processes of this machine left there is removed."""
+    """A fresh folder beside `final` to build it in; what dead processes of this machine left there is
+    removed."""
     import shutil
 
     final.parent.mkdir(parents=True, exist_ok=True)

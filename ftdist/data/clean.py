@@ -1,4 +1,5 @@
-"""The first pass over the data, a block at a time: parse, convert, filter, and note what the decisions need."""
+"""The first pass over the data, a block at a time: parse, convert, filter, and note what the decisions
+need."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from ftdist.data import text as texts
 from ftdist.data.formats import Reject, convert
-from ftdist.data.sources import KINDS, BadRow, Block, Source, parse
+from ftdist.data.reading import BadRow, Block, parse
+from ftdist.data.sources import KINDS, Source
 
 U64 = np.uint64
 PARTITIONS = 256
@@ -49,7 +51,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """A block after the first pass. Arrays have one entry a row that could be read; the rows lie in rows-N.pkl."""
+    """A block after the first pass. Arrays have one entry a row that could be read; the rows lie in
+    rows-N.pkl."""
 
     block: int
     source: int
@@ -113,8 +116,14 @@ def reject_line(source: Source, file: int, line: int, error: Reject, raw: Any) -
     }
 
 
+def write_reject(file: Any, reject: dict[str, Any]) -> None:
+    line = json.dumps(reject, ensure_ascii=False, default=str)
+    file.write(line.encode("utf-8", "replace").decode() + "\n")
+
+
 def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
-    """First pass over one block; the rows and what the duplicates' search needs go to files in the work folder."""
+    """First pass over one block; the rows and what the duplicates' search needs go to files in the work
+    folder."""
     rules, folder, block = task
     source = rules.sources[block.source]
     rows: list[dict[str, Any]] = []
@@ -139,7 +148,11 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
         said.append(row_texts(row))
 
     count = len(rows)
-    keys = np.frombuffer(b"".join(map(content_key, rows)), U64).reshape(count, 2) if rows else np.zeros((0, 2), U64)
+    keys = (
+        np.frombuffer(b"".join(map(content_key, rows)), U64).reshape(count, 2)
+        if rows
+        else np.zeros((0, 2), U64)
+    )
     ids = np.zeros(count, U64)
     for i, row in enumerate(rows):
         if row["id"] is not None:
@@ -168,13 +181,16 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
 def _measure(
     rules: Rules, folder: Path, index: int, said: list[tuple[str, str]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(share of repeated shingles, letters by script) a row; writes shingles, band hashes and n-grams of the block."""
+    """(share of repeated shingles, letters by script) a row; writes shingles, band hashes and n-grams of
+    the block."""
     sets, bounds, buckets, repeated, scripts = [], [np.zeros(1, np.int64)], [], [], []
     grams, owners = [], []
     start, at = 0, 0
     while start < len(said):
         stop, size = start, 0
-        while stop < len(said) and (size == 0 or size + len(said[stop][0]) + len(said[stop][1]) < _TEXT_BATCH):
+        while stop < len(said) and (
+            size == 0 or size + len(said[stop][0]) + len(said[stop][1]) < _TEXT_BATCH
+        ):
             size += len(said[stop][0]) + len(said[stop][1]) + 2
             stop += 1
         found = texts.words([f"{a}\n{b}" for a, b in said[start:stop]])
@@ -195,7 +211,10 @@ def _measure(
     if rules.shingle:
         np.save(folder / f"shingles-{index}.npy", np.concatenate(sets or [np.zeros(0, np.uint32)]))
         np.save(folder / f"bounds-{index}.npy", np.concatenate(bounds))
-        np.save(folder / f"bands-{index}.npy", np.concatenate(buckets or [np.zeros((rules.bands, 0), U64)], axis=1))
+        np.save(
+            folder / f"bands-{index}.npy",
+            np.concatenate(buckets or [np.zeros((rules.bands, 0), U64)], axis=1),
+        )
     if rules.ngram:
         _write_partitions(
             folder / f"ngrams-{index}",
@@ -207,7 +226,8 @@ def _measure(
 
 
 def _write_partitions(stem: Path, hashes: np.ndarray, owners: np.ndarray) -> None:
-    """n-grams grouped by the top byte of their hash, so that equal ones of all blocks can be brought together."""
+    """n-grams grouped by the top byte of their hash, so that equal ones of all blocks can be brought
+    together."""
     part = (hashes >> U64(56)).astype(np.uint8)
     order = np.argsort(part, kind="stable")
     counts = np.bincount(part, minlength=PARTITIONS)
@@ -216,7 +236,9 @@ def _write_partitions(stem: Path, hashes: np.ndarray, owners: np.ndarray) -> Non
     np.save(stem.with_suffix(".at.npy"), np.concatenate([[0], np.cumsum(counts)]))
 
 
-def _filter(rules: Rules, said: list[tuple[str, str]], repeated: np.ndarray, scripts: np.ndarray) -> np.ndarray:
+def _filter(
+    rules: Rules, said: list[tuple[str, str]], repeated: np.ndarray, scripts: np.ndarray
+) -> np.ndarray:
     status = np.zeros(len(said), np.uint8)
 
     def drop(reason: str, which: np.ndarray) -> None:

@@ -1,7 +1,9 @@
-"""Which rows say the same: exact duplicates, near-duplicates (MinHash LSH, verified), shared n-grams across the split.
+"""Which rows say the same: exact duplicates, near-duplicates (MinHash LSH, verified), shared n-grams across
+the split.
 
-Rows are numbered over all blocks; a smaller number takes precedence: rows to decontaminate against first, then
-explicit validation rows, then training rows in the order of the files. Only training rows are ever taken out.
+Rows are numbered over all blocks; a smaller number takes precedence: rows to decontaminate against first,
+then explicit validation rows, then training rows in the order of the files. Only training rows are ever
+taken out.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from ftdist.data.clean import PARTITIONS
 from ftdist.data.pool import Pool
 
 U64 = np.uint64
-_ALL_PAIRS = 16  # buckets up to this size are compared pair by pair, larger ones with their first and their neighbour
+_ALL_PAIRS = (
+    16  # buckets up to this size are compared pair by pair, larger ones with their first and their neighbour
+)
 _TASK_ENTRIES = 4_000_000  # n-grams that a task holds at once
 
 
@@ -43,11 +47,19 @@ def exact(keys: np.ndarray, alive: np.ndarray) -> Twins:
 
 
 def near(
-    folder: Path, blocks: list[int], bases: np.ndarray, alive: np.ndarray, *, bands: int, threshold: float, pool: Pool
+    folder: Path,
+    blocks: list[int],
+    bases: np.ndarray,
+    alive: np.ndarray,
+    *,
+    bands: int,
+    threshold: float,
+    pool: Pool,
 ) -> Twins:
     """All found pairs of alive rows whose sets of shingles have a Jaccard index of at least `threshold`.
 
-    Candidates come from the LSH bands; each is verified on the sets themselves, so no pair is below the threshold.
+    Candidates come from the LSH bands; each is verified on the sets themselves, so no pair is below the
+    threshold.
     """
     np.save(folder / "alive.npy", alive)
     known = np.zeros(0, U64)
@@ -84,7 +96,11 @@ def band_pairs(task: tuple[Path, list[int], int]) -> np.ndarray:
     buckets = buckets[rows]
     order = np.argsort(buckets, kind="stable")  # rows of a bucket stay in their order
     ordered, rows = buckets[order], rows[order].astype(U64)
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(rows) else np.zeros(0, int)
+    starts = (
+        np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        if len(rows)
+        else np.zeros(0, int)
+    )
     sizes = np.diff([*starts, len(rows)])
     pairs = [np.zeros(0, U64)]
     for size in np.unique(sizes[(sizes > 1) & (sizes <= _ALL_PAIRS)]):
@@ -186,7 +202,10 @@ def contaminated(
     np.save(folder / "bases.npy", bases)
     total = sum(np.load(folder / f"ngrams-{b}.at.npy")[-1] for b in blocks)
     together = max(1, int(PARTITIONS * _TASK_ENTRIES // max(total, 1)))
-    tasks = [(folder, blocks, p, min(p + together, PARTITIONS), boilerplate) for p in range(0, PARTITIONS, together)]
+    tasks = [
+        (folder, blocks, p, min(p + together, PARTITIONS), boilerplate)
+        for p in range(0, PARTITIONS, together)
+    ]
     rows, with_rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for found, other in pool.map(shared_ngrams, tasks):
         rows.append(found)
@@ -205,7 +224,9 @@ def shared_ngrams(task: tuple[Path, list[int], int, int, int]) -> tuple[np.ndarr
         at = np.load(folder / f"ngrams-{block}.at.npy")
         part = slice(at[first], at[last])
         hashes.append(np.load(folder / f"ngrams-{block}.hash.npy", mmap_mode="r")[part])
-        owners.append(np.load(folder / f"ngrams-{block}.row.npy", mmap_mode="r")[part].astype(np.int64) + bases[number])
+        owners.append(
+            np.load(folder / f"ngrams-{block}.row.npy", mmap_mode="r")[part].astype(np.int64) + bases[number]
+        )
     grams, rows = np.concatenate(hashes), np.concatenate(owners)
     of = side[rows]
     evaluation = np.unique(grams[of == 1])
@@ -218,7 +239,9 @@ def shared_ngrams(task: tuple[Path, list[int], int, int, int]) -> tuple[np.ndarr
     grams, rows, of = place[hit], rows[hit], of[hit]
     order = np.lexsort((rows, grams))
     grams, rows, of = grams[order], rows[order], of[order]
-    fresh = np.concatenate([[True], (grams[1:] != grams[:-1]) | (rows[1:] != rows[:-1])]) if len(grams) else []
+    fresh = (
+        np.concatenate([[True], (grams[1:] != grams[:-1]) | (rows[1:] != rows[:-1])]) if len(grams) else []
+    )
     grams, rows, of = grams[fresh], rows[fresh], of[fresh]
     frequency = np.bincount(grams, minlength=len(evaluation))
     example = np.zeros(len(evaluation), np.int64)

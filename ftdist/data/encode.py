@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,12 +15,12 @@ from ftdist.data.clean import load_rows, reject_line
 from ftdist.data.formats import Reject
 from ftdist.data.sources import Source
 from ftdist.data.template import Unsegmentable
-from ftdist.data.tokens import Laid, lay_out, load_frozen, pair_tokens, tokenize
+from ftdist.data.tokens import Frozen, Laid, lay_out, load_frozen, pair_tokens, tokenize
 from ftdist.errors import UserError
 
 TRAIN, VALIDATION = 1, 2
-_BATCH = 256
 IGNORED = -100
+_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -32,190 +33,214 @@ class Laying:
     overlong: str
 
 
+class Sequence(NamedTuple):
+    """`parts` are the lengths of prompt, chosen and rejected in a preference row, else zeros."""
+
+    row: int
+    ids: np.ndarray
+    trained: np.ndarray
+    parts: tuple[int, int, int] = (0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """A block's sequences, whose ids and marks lie in ids-N.bin (int32) and marks-N.bin (uint8).
-
-    sft: a sequence is a text, mark 1 = trained on. dpo: three parts follow one another, `parts` (sequences, 3) long.
-    """
+    """A block's sequences, whose ids and marks (1 = trained on) lie in ids-N.bin (int32) and marks-N.bin
+    (uint8)."""
 
     block: int
     lengths: np.ndarray  # int32
     rows: np.ndarray  # int32: the row in the block
     side: np.ndarray  # uint8: TRAIN or VALIDATION
     trained: np.ndarray  # int32: supervised tokens
-    parts: np.ndarray
+    parts: np.ndarray  # int32, (sequences, 3)
+    dropped: np.ndarray  # int32: rows left out because they are too long
+    overlong: Counter[str]
     rejects: list[dict[str, Any]]
-    overlong: dict[str, int]  # truncated, dropped, split, cut_answers, windows_without_answer
-    dropped: np.ndarray  # rows left out because they are too long
     validation: str  # lines of validation_rows.jsonl
+
+
+class _Block:
+    """One block on its way to tokens."""
+
+    def __init__(self, folder: Path, laying: Laying, source: Source, file: int, block: int) -> None:
+        self.frozen: Frozen = load_frozen(folder / "tokenizer")
+        self.laying, self.source, self.file = laying, source, file
+        self.rows, self.lines = load_rows(folder, block)
+        self.overlong: Counter[str] = Counter()
+        self.dropped: list[int] = []
+        self.rejects: list[dict[str, Any]] = []
+
+    def refuse(self, row: int, error: Reject) -> None:
+        self.rejects.append(reject_line(self.source, self.file, self.lines[row], error, self.rows[row]))
+
+    def stop(self, row: int, error: Unsegmentable) -> UserError:
+        way_out = ", or data.mask=all" if self.laying.task == "sft" else ""
+        return UserError(
+            f"data.chat_template: the template can't be divided exactly into turns ({error}; seen at "
+            f"{self.source.files[self.file]} line {self.lines[row]}); use one with {{% generation %}} tags{way_out}"
+        )
+
+    def drop(self, row: int) -> None:
+        self.overlong["dropped"] += 1
+        self.dropped.append(row)
+
+    def texts(self, group: list[int]) -> list[Sequence]:
+        """Sequences of sft rows."""
+        laid: list[Laid] = []
+        owners: list[int] = []
+        for row in group:
+            try:
+                laid.append(lay_out(self.rows[row], self.frozen.template, self.laying.mask))
+                owners.append(row)
+            except Reject as error:
+                self.refuse(row, error)
+            except Unsegmentable as error:
+                raise self.stop(row, error) from None
+        try:
+            tokens = tokenize(laid, self.frozen)
+        except Unsegmentable as error:
+            raise self.stop(owners[0], error) from None
+        result = []
+        for row, (ids, trained) in zip(owners, tokens, strict=True):
+            try:
+                result += [Sequence(row, *window) for window in self._windows(row, ids, trained)]
+            except Reject as error:
+                self.refuse(row, error)
+        return result
+
+    def _windows(self, row: int, ids: np.ndarray, trained: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What stays of a sequence under the length limit."""
+        limit = self.laying.max_length
+        if not trained.any():
+            raise Reject("no supervised token", f"none under data.mask={self.laying.mask}")
+        if len(ids) <= limit:
+            return [(ids, trained)]
+        if self.laying.overlong == "drop":
+            self.drop(row)
+            return []
+        if self.laying.overlong == "truncate":
+            if not trained[:limit].any():
+                raise Reject("no supervised token", f"the answer begins after {limit} tokens")
+            self.overlong["truncated"] += 1
+            self.overlong["cut_answers"] += bool(trained[limit:].any())
+            return [(ids[:limit], trained[:limit])]
+        windows = []
+        for at in range(0, len(ids), limit):
+            marks = trained[at : at + limit].copy()
+            marks[0] = False
+            if marks.any():
+                windows.append((ids[at : at + limit], marks))
+            else:
+                self.overlong["windows_without_answer"] += 1
+        if not windows:
+            raise Reject("no supervised token", "none left after splitting")
+        self.overlong["split"] += 1
+        return windows
+
+    def pairs(self, group: list[int]) -> list[Sequence]:
+        """Sequences of preference rows: prompt, chosen and rejected one after another."""
+        result = []
+        for row in group:
+            try:
+                three = self._fit(row, *pair_tokens(self.rows[row], self.frozen))
+            except Reject as error:
+                self.refuse(row, error)
+                continue
+            except Unsegmentable as error:
+                raise self.stop(row, error) from None
+            if three is None:
+                continue
+            trained = np.ones(sum(map(len, three)), bool)
+            trained[: len(three[0])] = False
+            sizes = (len(three[0]), len(three[1]), len(three[2]))
+            result.append(Sequence(row, np.concatenate(three), trained, sizes))
+        return result
+
+    def _fit(
+        self, row: int, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        limit = self.laying.max_length
+        longest = max(len(chosen), len(rejected))
+        if len(prompt) + longest > limit:
+            if self.laying.overlong == "drop":
+                self.drop(row)
+                return None
+            # a prompt gives way from its beginning until answers have half of the room, then answers from
+            # their end
+            keep = max(limit - max(longest, 1), limit // 2)
+            self.overlong["truncated"] += 1
+            if len(prompt) > keep:
+                self.overlong["cut_prompts"] += 1
+                bos = prompt[:1] if prompt[0] == self.frozen.bos else prompt[:0]
+                prompt = np.concatenate([bos, prompt[len(prompt) - keep + len(bos) :]])
+            room = limit - len(prompt)
+            self.overlong["cut_answers"] += longest > room
+            chosen, rejected = chosen[:room], rejected[:room]
+        if not len(chosen) or not len(rejected) or np.array_equal(chosen, rejected):
+            raise Reject("identical chosen and rejected", f"as tokens, within train.max_length={limit}")
+        return prompt, chosen, rejected
+
+    def validation_line(self, number: int) -> str:
+        """A held-out row before templating, with its last answer apart."""
+        row = self.rows[number]
+        if "text" in row:
+            messages, prompt, reference = [], "", row["text"]
+        else:
+            messages = row["messages"] if "messages" in row else row["prompt"] + row["chosen"]
+            prompt = self.frozen.template.render(messages[:-1], row["tools"], prompt=True)
+            reference = messages[-1]["content"]
+        identifier = row["id"]
+        if identifier is None:
+            identifier = f"{self.source.files[self.file].name}:{self.lines[number]}"
+        held_out = {
+            "messages": messages,
+            "prompt": prompt,
+            "reference": reference,
+            "source": self.source.name,
+        }
+        if row["tools"]:
+            held_out["tools"] = row["tools"]
+        return json.dumps(held_out | {"id": identifier}, ensure_ascii=False) + "\n"
 
 
 def encode_block(task: tuple[Path, Laying, Source, int, int, np.ndarray]) -> Encoded:
     """Tokens of the rows of a block whose entry in the last array says TRAIN or VALIDATION."""
-    folder, laying, source, file, block, wanted = task
-    frozen = load_frozen(folder / "tokenizer")
-    rows, lines = load_rows(folder, block)
-    picked = [i for i in range(len(rows)) if wanted[i]]
-    counts = dict.fromkeys(("truncated", "dropped", "split", "cut_answers", "windows_without_answer"), 0)
-    rejects: list[dict[str, Any]] = []
-    lengths: list[int] = []
-    owners: list[int] = []
-    trained: list[int] = []
-    parts: list[tuple[int, int, int]] = []
-    dropped: list[int] = []
-    validation: list[str] = []
-
-    def refuse(i: int, error: Reject) -> None:
-        rejects.append(reject_line(source, file, lines[i], error, rows[i]))
-
-    ids_file = (folder / f"ids-{block}.bin").open("wb")
-    marks_file = (folder / f"marks-{block}.bin").open("wb")
-    with ids_file, marks_file:
+    folder, laying, source, file, number, wanted = task
+    block = _Block(folder, laying, source, file, number)
+    picked = np.flatnonzero(wanted).tolist()
+    done: list[tuple[int, int, int, tuple[int, int, int]]] = []
+    validation: dict[int, str] = {}
+    with (
+        (folder / f"ids-{number}.bin").open("wb") as ids,
+        (folder / f"marks-{number}.bin").open("wb") as marks,
+    ):
         for start in range(0, len(picked), _BATCH):
             group = picked[start : start + _BATCH]
-            sequences: list[tuple[int, np.ndarray, np.ndarray, tuple[int, int, int]]]
-            if laying.task == "dpo":
-                sequences = _pairs(group, rows, lines, source, file, frozen, laying, counts, dropped, refuse)
-            else:
-                sequences = _texts(group, rows, lines, source, file, frozen, laying, counts, dropped, refuse)
-            seen = set()
-            for i, ids, marks, three in sequences:
-                ids_file.write(ids.tobytes())
-                marks_file.write(marks.astype(np.uint8).tobytes())
-                lengths.append(len(ids))
-                owners.append(i)
-                trained.append(int(marks.sum()))
-                parts.append(three)
-                if wanted[i] == VALIDATION and i not in seen:
-                    seen.add(i)
-                    validation.append(_validation_line(rows[i], source, file, lines[i], frozen))
+            for sequence in block.pairs(group) if laying.task == "dpo" else block.texts(group):
+                ids.write(sequence.ids.tobytes())
+                marks.write(sequence.trained.tobytes())
+                done.append((sequence.row, len(sequence.ids), int(sequence.trained.sum()), sequence.parts))
+                if wanted[sequence.row] == VALIDATION and sequence.row not in validation:
+                    validation[sequence.row] = block.validation_line(sequence.row)
+    rows = np.array([d[0] for d in done], np.int32)
     return Encoded(
-        block,
-        np.array(lengths, np.int32),
-        np.array(owners, np.int32),
-        wanted[np.array(owners, np.int64)] if owners else np.zeros(0, np.uint8),
-        np.array(trained, np.int32),
-        np.array(parts, np.int32).reshape(-1, 3),
-        rejects,
-        counts,
-        np.array(dropped, np.int32),
-        "".join(validation),
+        number,
+        lengths=np.array([d[1] for d in done], np.int32),
+        rows=rows,
+        side=wanted[rows],
+        trained=np.array([d[2] for d in done], np.int32),
+        parts=np.array([d[3] for d in done], np.int32).reshape(-1, 3),
+        dropped=np.array(block.dropped, np.int32),
+        overlong=block.overlong,
+        rejects=block.rejects,
+        validation="".join(validation.values()),
     )
 
 
-def _where(source: Source, file: int, line: int) -> str:
-    return f"{source.files[file]}, line {line}"
+# --- tokens → Arrow -------------------------------------------------------------------------------
 
-
-def _texts(group, rows, lines, source, file, frozen, laying, counts, dropped, refuse):  # type: ignore[no-untyped-def]
-    laid: list[Laid] = []
-    owners: list[int] = []
-    for i in group:
-        try:
-            laid.append(lay_out(rows[i], frozen.template, laying.mask))
-            owners.append(i)
-        except Reject as error:
-            refuse(i, error)
-        except Unsegmentable as error:
-            raise UserError(
-                f"data.chat_template: the template can't be divided exactly into turns ({error}; first seen at "
-                f"{_where(source, file, lines[i])}); use one with {{% generation %}} tags, or data.mask=all"
-            ) from None
-    result = []
-    for i, row, (ids, trained) in zip(owners, laid, tokenize(laid, frozen), strict=True):
-        if not trained.any():
-            refuse(i, Reject("no supervised token", f"none under data.mask={laying.mask}"))
-            continue
-        windows = [(ids, trained)]
-        if len(ids) > laying.max_length:
-            if laying.overlong == "drop":
-                counts["dropped"] += 1
-                dropped.append(i)
-                continue
-            if laying.overlong == "truncate":
-                counts["truncated"] += 1
-                counts["cut_answers"] += bool(trained[laying.max_length :].any())
-                windows = [(ids[: laying.max_length], trained[: laying.max_length])]
-                if not windows[0][1].any():
-                    refuse(i, Reject("no supervised token", f"the answer begins after {laying.max_length} tokens"))
-                    continue
-            else:
-                counts["split"] += 1
-                windows = []
-                for at in range(0, len(ids), laying.max_length):
-                    part = trained[at : at + laying.max_length].copy()
-                    part[0] = False
-                    if part.any():
-                        windows.append((ids[at : at + laying.max_length], part))
-                    else:
-                        counts["windows_without_answer"] += 1
-                if not windows:
-                    refuse(i, Reject("no supervised token", "none left after splitting"))
-                    continue
-        result += [(i, ids, trained, (0, 0, 0)) for ids, trained in windows]
-    return result
-
-
-def _pairs(group, rows, lines, source, file, frozen, laying, counts, dropped, refuse):  # type: ignore[no-untyped-def]
-    result = []
-    for i in group:
-        try:
-            prompt, chosen, rejected = pair_tokens(rows[i], frozen)
-        except Reject as error:
-            refuse(i, error)
-            continue
-        except Unsegmentable as error:
-            raise UserError(
-                f"data.chat_template: the template can't be divided exactly into turns ({error}; first seen at "
-                f"{_where(source, file, lines[i])}); use one with {{% generation %}} tags"
-            ) from None
-        if not len(chosen) or not len(rejected) or np.array_equal(chosen, rejected):
-            refuse(i, Reject("identical chosen and rejected", "as tokens"))
-            continue
-        room = laying.max_length - len(prompt)
-        if len(chosen) > room or len(rejected) > room:
-            if laying.overlong != "truncate":
-                counts["dropped"] += 1
-                dropped.append(i)
-                continue
-            if room < 1 or np.array_equal(chosen[:room], rejected[:room]):
-                refuse(i, Reject("no supervised token", f"nothing to tell apart within {laying.max_length} tokens"))
-                continue
-            counts["truncated"] += 1
-            counts["cut_answers"] += 1
-            chosen, rejected = chosen[:room], rejected[:room]
-        ids = np.concatenate([prompt, chosen, rejected])
-        marks = np.ones(len(ids), bool)
-        marks[: len(prompt)] = False
-        result.append((i, ids, marks, (len(prompt), len(chosen), len(rejected))))
-    return result
-
-
-def _validation_line(row: dict[str, Any], source: Source, file: int, line: int, frozen: Any) -> str:
-    """A held-out row before templating, with its last answer apart."""
-    if "text" in row:
-        messages, prompt, reference = [], "", row["text"]
-    else:
-        messages = row["messages"] if "messages" in row else row["prompt"] + row["chosen"]
-        prompt = frozen.template.render(messages[:-1], row.get("tools"), prompt=True)
-        reference = messages[-1]["content"]
-    return (
-        json.dumps(
-            {
-                "messages": messages,
-                "prompt": prompt,
-                "reference": reference,
-                "source": source.name,
-                "id": row["id"] if row["id"] is not None else f"{source.files[file].name}:{line}",
-            },
-            ensure_ascii=False,
-        )
-        + "\n"
-    )
-
-
-# --- tokens → Arrow ----------------------------------------------------------------------------------------------
+SFT_COLUMNS = ["input_ids", "labels", "lengths", "sources"]
+DPO_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
 @dataclass(frozen=True)
@@ -231,15 +256,14 @@ class Shard:
     per_row: np.ndarray
 
 
-SFT_COLUMNS = ["input_ids", "labels", "lengths", "sources"]
-DPO_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
-
-
 def write(task: tuple[Path, Shard]) -> int:
     """Writes a shard; returns its rows."""
     folder, shard = task
-    ids = np.memmap(folder / "ids.bin", np.int32, "r")
-    marks = np.memmap(folder / "marks.bin", np.uint8, "r")
+    if not len(shard.lengths):
+        ids, marks = np.zeros(0, np.int32), np.zeros(0, np.uint8)
+    else:
+        ids = np.memmap(folder / "ids.bin", np.int32, "r")
+        marks = np.memmap(folder / "marks.bin", np.uint8, "r")
     first = np.concatenate([[0], np.cumsum(shard.per_row)])
 
     def take(start: int, stop: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,13 +1,14 @@
 """One raw row in any of the formats that people have → one row in the only form that the rest reads.
 
-The form: `{"messages": [...], "start": int}` for chats, where `start` is the index of the completion's first message;
-`{"text": str}` for plain text; `{"prompt": [...], "chosen": [...], "rejected": [...]}` for preferences; and with
-each of them `tools` (a list or None) and `id` (a string or None).
+The form: `{"messages": [...], "start": int}` for chats, where `start` is the index of the completion's first
+message; `{"text": str}` for plain text; `{"prompt": [...], "chosen": [...], "rejected": [...]}` for
+preferences; and with each of them `tools` (a list or None) and `id` (a string or None).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from typing import Any
@@ -20,20 +21,18 @@ PAIRS = (
     ("query", "response"),
     ("query", "answer"),
     ("question", "response"),
-    ("instruction", "response"),
-    ("instruction", "answer"),
     ("prompt", "response"),
     ("prompt", "answer"),
     ("input", "output"),
 )
+_ALPACA_ANSWERS = ("output", "response", "answer", "completion")
 # what `data.columns` may name
-COLUMNS = (
-    "messages conversations instruction input output history prompt completion question answer text "
-    "chosen rejected system tools id"
-).split()
+COLUMNS = ["messages", "conversations", "instruction", "input", "output", "history", "prompt", "completion", "question", "answer", "text", "chosen", "rejected", "system", "tools", "id"]
+
+_PREFERENCE_PROMPTS = ("prompt", "conversations", "messages", "question", "instruction")
 
 EXPECTED = (
-    "messages | conversations | instruction + output | prompt + completion | question + answer | text | "
+    "messages | conversations | instruction + output (or response) | prompt + completion | question + answer | text | "
     "chosen + rejected"
 )
 
@@ -60,10 +59,11 @@ ROLES = {
     "tool_response": "tool",
 }
 
-# C0 controls (without tab and newline), DEL, C1 controls, BOM inside a text, line/paragraph separators stay out of
-# training data; ZWNJ, ZWJ, bidirectional marks and variation selectors are part of scripts and stay
+# C0 controls (without tab and newline), DEL, C1 controls, BOM inside a text, line/paragraph separators stay
+# out of training data; ZWNJ, ZWJ, bidirectional marks and variation selectors are part of scripts and stay
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
-# NFC replaces compatibility ideographs (names in Chinese, Japanese, Korean) by other characters: leave them alone
+# NFC replaces compatibility ideographs (names in Chinese, Japanese, Korean) by other characters: leave them
+# alone
 _IDEOGRAPHS = re.compile("([\uf900-\ufaff\U0002f800-\U0002fa1f]+)")
 
 
@@ -77,7 +77,8 @@ class Reject(Exception):
 
 
 def clean(text: str) -> str:
-    """NFC, Unix line ends, no control characters; lone surrogates are a reject because UTF-8 can't hold them."""
+    """NFC, Unix line ends, no control characters; lone surrogates are a reject because UTF-8 can't hold
+    them."""
     if text.isascii():
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -103,7 +104,7 @@ def detect(row: dict[str, Any]) -> str | None:
         return "messages"
     if isinstance(row.get("conversations"), list):
         return "sharegpt"
-    if "instruction" in row and "output" in row:
+    if "instruction" in row and any(key in row for key in _ALPACA_ANSWERS):
         return "alpaca"
     if "prompt" in row and "completion" in row:
         return "prompt_completion"
@@ -116,6 +117,28 @@ def detect(row: dict[str, Any]) -> str | None:
     if "conversations" in row:
         return "sharegpt"
     return None
+
+
+def ignored(raw: dict[str, Any], *, format: str, columns: dict[str, str]) -> list[str]:
+    """The columns of a row that nothing reads."""
+    if columns:
+        return [k for k in raw if k not in columns.values() and k not in _read_by(raw, format)]
+    return [k for k in raw if k not in _read_by(raw, format)]
+
+
+def _read_by(raw: dict[str, Any], format: str) -> set[str]:
+    kind = detect(raw) if format == "auto" else format
+    read = {"id", "system"}
+    if kind == "question_answer":
+        return read | set(next(((q, a) for q, a in PAIRS if q in raw and a in raw), ()))
+    return read | {
+        "messages": {"messages", "tools"},
+        "sharegpt": {"conversations", "messages", "tools"},
+        "alpaca": {"instruction", "input", "context", "history", *_ALPACA_ANSWERS},
+        "prompt_completion": {"prompt", "completion"},
+        "text": {"text"},
+        "preference": {"chosen", "rejected", "tools", *_PREFERENCE_PROMPTS, "input"},
+    }.get(str(kind), set())
 
 
 def convert(raw: Any, *, format: str, columns: dict[str, str]) -> dict[str, Any]:
@@ -132,13 +155,13 @@ def convert(raw: Any, *, format: str, columns: dict[str, str]) -> dict[str, Any]
         shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
         raise Reject("missing columns", f"found: {shown or 'nothing'}; expected: {EXPECTED}")
     row: dict[str, Any] = _CONVERTERS[kind](raw)
-    row["tools"] = _tools(raw.get("tools"))
+    row["tools"] = _tools(raw.get("tools")) if kind in ("messages", "sharegpt", "preference") else None
     identifier = raw.get("id")
     row["id"] = None if identifier is None else str(identifier)
     return row
 
 
-# --- one function a format ---------------------------------------------------------------------------------------
+# --- one function a format ------------------------------------------------------------------------
 
 
 def _chat(raw: dict[str, Any], key: str) -> dict[str, Any]:
@@ -158,17 +181,21 @@ def _sharegpt(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _alpaca(raw: dict[str, Any]) -> dict[str, Any]:
     question = _text(_need(raw, "instruction"), "instruction", empty_ok=True)
-    extra = raw.get("input")
+    extra = raw.get("input", raw.get("context"))  # "context" is Dolly's name for it
     if extra is not None:
         extra = _text(extra, "input", empty_ok=True)
         if extra.strip():
             question = f"{question}\n{extra}" if question.strip() else extra
-    answer = _text(_need(raw, "output"), "output")
+    key = next((k for k in _ALPACA_ANSWERS if k in raw), "output")
+    answer = _text(_need(raw, key), key)
     messages = []
     for turn in raw.get("history") or []:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise Reject("wrong type", "history must be a list of [question, answer]")
-        messages += [_message("user", _text(turn[0], "history")), _message("assistant", _text(turn[1], "history"))]
+        messages += [
+            _message("user", _text(turn[0], "history")),
+            _message("assistant", _text(turn[1], "history")),
+        ]
     if not question.strip():
         raise Reject("empty prompt", "instruction and input are empty")
     messages += [_message("user", question), _message("assistant", answer)]
@@ -204,7 +231,7 @@ def _preference(raw: dict[str, Any]) -> dict[str, Any]:
     chosen = _as_messages(_need(raw, "chosen"), "assistant", "chosen")
     rejected = _as_messages(_need(raw, "rejected"), "assistant", "rejected")
     prompt: list[dict[str, Any]] = []
-    for key in ("prompt", "conversations", "messages", "question", "instruction"):
+    for key in _PREFERENCE_PROMPTS:
         if raw.get(key) is not None:
             if key == "instruction":
                 prompt = _alpaca({**raw, "output": "-"})["messages"][:-1]
@@ -245,7 +272,7 @@ _CONVERTERS = {
 }
 
 
-# --- pieces ------------------------------------------------------------------------------------------------------
+# --- pieces ---------------------------------------------------------------------------------------
 
 
 def _need(raw: dict[str, Any], key: str) -> Any:
@@ -258,11 +285,17 @@ def _need(raw: dict[str, Any], key: str) -> Any:
 
 def _text(value: Any, name: str, *, empty_ok: bool = False) -> str:
     """The value as cleaned text. Numbers and booleans become their text, as JSON writes them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        value = None
     if isinstance(value, (bool, int, float)):
         value = json.dumps(value)
     elif value is None:
         raise Reject("null value", f"{name} is null")
-    elif isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+    elif (
+        isinstance(value, list)
+        and value
+        and all(isinstance(p, dict) and p.get("type") == "text" for p in value)
+    ):
         value = "".join(_text(part.get("text"), name, empty_ok=True) for part in value)
     elif not isinstance(value, str):
         raise Reject("wrong type", f"{name} is a {type(value).__name__}, not text")
@@ -280,7 +313,11 @@ def _as_messages(value: Any, role: str, name: str) -> list[dict[str, Any]]:
     """A string, one message or a list of messages → messages."""
     if isinstance(value, dict):
         value = [value]
-    if isinstance(value, list) and value and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
+    ):
         return _messages(value, name)
     return [_message(role, _text(value, name))]
 
@@ -298,7 +335,9 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
     for number, item in enumerate(value):
         if not isinstance(item, dict):
-            raise Reject("wrong type", f"message {number} of {name} is a {type(item).__name__}, not an object")
+            raise Reject(
+                "wrong type", f"message {number} of {name} is a {type(item).__name__}, not an object"
+            )
         said = item.get("role", item.get("from"))
         role = ROLES.get(said.lower()) if isinstance(said, str) else None
         if role is None:
@@ -312,8 +351,11 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
             has_calls = isinstance(calls, list) and bool(calls)
             if content is None and has_calls:
                 content = ""
-            # tools may return nothing and a system prompt may be left empty; people and models must say something
-            text = _text(content, f"message {number} of {name}", empty_ok=has_calls or role in ("tool", "system"))
+            # tools may return nothing and a system prompt may be left empty; people and models must say
+            # something
+            text = _text(
+                content, f"message {number} of {name}", empty_ok=has_calls or role in ("tool", "system")
+            )
             if role == "system" and not text.strip():
                 continue
             message = _message(role, text)
@@ -375,7 +417,8 @@ def _with_system(messages: list[dict[str, Any]], raw: dict[str, Any]) -> list[di
 
 
 def _check_order(messages: list[dict[str, Any]]) -> None:
-    """[system] user assistant …, tool results only after an assistant's turn, an assistant's turn at the end."""
+    """[system] user assistant …, tool results only after an assistant's turn, an assistant's turn at the
+    end."""
     before = "start"
     for number, message in enumerate(messages):
         role = message["role"]

@@ -1,4 +1,5 @@
-"""Best-fit decreasing bin packing, exact, in groups of equal length: a million sequences take about a second."""
+"""Best-fit decreasing bin packing, exact, in groups of equal length: a million sequences take about a
+second."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import numpy as np
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """(bin of each sequence int64, number of bins). Every length must lie in 1 … capacity.
 
-    The longest sequence first, each into the fullest bin that still holds it (Johnson 1974). Bins with the same room
-    are interchangeable, so all sequences of one length are placed together.
+    The longest sequence first, each into the fullest bin that still holds it (Johnson 1974). Bins with the
+    same room are interchangeable, so all sequences of one length are placed together.
     """
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
     order = np.argsort(-lengths, kind="stable")
@@ -45,7 +46,9 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
                 count = -(-len(members) // each)
                 free = np.arange(bins, bins + count)
                 bins += count
-            each = room // length  # one bin is filled up before the next of the same room: it is the fuller one
+            each = (
+                room // length
+            )  # one bin is filled up before the next of the same room: it is the fuller one
             full, rest = divmod(len(members), each)
             used = min(len(free), full + (rest > 0))
             taken = min(len(members), used * each)

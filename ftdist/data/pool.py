@@ -1,4 +1,5 @@
-"""Work over cores: an ordered map over processes with a bounded number of tasks in flight, and progress on stderr."""
+"""Work over cores: an ordered map over processes with a bounded number of tasks in flight, and progress
+on stderr."""
 
 from __future__ import annotations
 

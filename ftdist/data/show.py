@@ -13,7 +13,8 @@ _TRAINED, _CONTEXT, _SPECIAL, _END = "\x1b[30;42m", "\x1b[90m", "\x1b[1;35m", "\
 
 
 def show(prepared: Path, tokenizer_path: str, count: int, *, colour: bool | None = None) -> None:
-    """Prints the first `count` training rows token by token. Without colour, trained tokens stand in [brackets].
+    """Prints the first `count` training rows token by token. Without colour, trained tokens stand in
+    [brackets].
 
     `colour` None means: on a terminal only.
     """

@@ -157,7 +157,7 @@ def ngrams(found: Words, n: int, *, short: bool) -> tuple[np.ndarray, np.ndarray
         total = np.zeros(size, U64)
         for k in range(n):
             total += hashes[k : k + size] * coefficients[k]
-        valid = row[: size] == row[n - 1 :]
+        valid = row[:size] == row[n - 1 :]
         result, owner = _mix(total[valid]), row[:size][valid]
     else:
         result, owner = np.zeros(0, U64), np.zeros(0, np.int32)

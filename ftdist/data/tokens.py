@@ -11,19 +11,27 @@ from typing import Any
 import numpy as np
 
 from ftdist.data.formats import Reject
-from ftdist.data.template import Span, Template, choose
+from ftdist.data.template import Span, Template, Unsegmentable, choose
 from ftdist.errors import UserError
 
 
 def freeze_tokenizer(
-    path: str, *, revision: str | None, trust_remote_code: bool, chat_template: str, keywords: dict[str, Any], to: Path
+    path: str,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    chat_template: str,
+    keywords: dict[str, Any],
+    to: Path,
 ) -> dict[str, Any]:
     """Loads the tokenizer once, with transformers, and writes what the processes need into folder `to`: the fast
     tokenizer (`tokenizer.json`) and `template.json`. Returns the latter. UserError when it can't be used."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path={path}: no tokenizer can be loaded from it ({message})") from None
@@ -31,7 +39,9 @@ def freeze_tokenizer(
     if backend is None:
         raise UserError(f"model.path={path}: only a slow tokenizer; ftdist needs a fast one (tokenizer.json)")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path={path}: the tokenizer has no eos_token; set one in its tokenizer_config.json")
+        raise UserError(
+            f"model.path={path}: the tokenizer has no eos_token; set one in its tokenizer_config.json"
+        )
     backend.no_truncation()
     backend.no_padding()
     bare = backend.encode("text", add_special_tokens=False).ids
@@ -84,6 +94,7 @@ class Laid:
     text: str
     spans: list[Span]
     append_eos: bool
+    turns: bool  # each span is one assistant turn
     special_tokens: bool  # let the tokenizer add its own (plain text has no template to do it)
 
 
@@ -91,22 +102,26 @@ def lay_out(row: dict[str, Any], template: Template, mask: str) -> Laid:
     """Text and trained spans of an sft row. `mask`: auto, assistant, completion, last, all. Raises Reject."""
     if "text" in row:
         if mask not in ("auto", "all"):
-            raise Reject("no supervised token", f"plain text has no turns for data.mask={mask}; use auto or all")
-        return Laid(row["text"], [(0, len(row["text"]))], True, True)
+            raise Reject(
+                "no supervised token", f"plain text has no turns for data.mask={mask}; use auto or all"
+            )
+        return Laid(row["text"], [(0, len(row["text"]))], append_eos=True, turns=False, special_tokens=True)
     messages, tools = row["messages"], row.get("tools")
     template.check_texts(messages)
     text, spans = template.segment(messages, tools)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     closed = template.ends_special(text, spans[-1])
     if not closed:
-        text = text[: spans[-1][1]]  # an end mark that is plain text, or none: EOS comes right after the answer
+        text = text[
+            : spans[-1][1]
+        ]  # an end mark that is plain text, or none: EOS comes right after the answer
     if mask == "all":
-        return Laid(text, [(0, spans[-1][1])], not closed, False)
+        return Laid(text, [(0, spans[-1][1])], append_eos=not closed, turns=False, special_tokens=False)
     if mask == "last":
         spans = spans[-1:]
     elif mask == "completion":
         spans = [span for turn, span in zip(turns, spans, strict=True) if turn >= row["start"]]
-    return Laid(text, spans, not closed, False)
+    return Laid(text, spans, append_eos=not closed, turns=True, special_tokens=False)
 
 
 def token_range(encoding: Any, span: Span) -> tuple[int, int]:
@@ -133,6 +148,8 @@ def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndar
         found = frozen.tokenizer.encode_batch([rows[i].text for i in which], add_special_tokens=special)
         for i, encoding in zip(which, found, strict=True):
             encodings[i] = encoding
+    closing = frozen.template.closing.special
+    closing_id = None if closing is None else frozen.tokenizer.token_to_id(closing)
     result = []
     for row, encoding in zip(rows, encodings, strict=True):
         ids = np.array(encoding.ids, np.int32)
@@ -140,6 +157,12 @@ def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndar
         for span in row.spans:
             first, last = token_range(encoding, span)
             trained[first:last] = True
+        if (
+            row.turns
+            and closing_id is not None
+            and np.count_nonzero(ids[trained] == closing_id) != len(row.spans)
+        ):
+            raise Unsegmentable(f"{closing} does not end each trained turn exactly once")
         if row.append_eos:
             if row.special_tokens and len(ids) and ids[-1] == frozen.eos:
                 ids, trained = ids[:-1], trained[:-1]

@@ -82,9 +82,8 @@ def refuse(
         raise UserError(
             f"strategy={strategy}: 4-bit weights take no gradient; use adapters, or do not quantise"
         )
-    if (
-        quantizes and use_dora and stage == 3
-    ):  # tried: AttributeError: 'Params4bit' object has no attribute 'ds_status'
+    # tried: backward fails, AttributeError: 'Params4bit' object has no attribute 'ds_status'
+    if quantizes and use_dora and stage == 3:
         raise UserError(
             f"strategy.use_dora=true with engine={engine}: DoRA reads whole weights, which fails for "
             "4-bit ones that ZeRO-3 shards; use engine=zero2, strategy=lora, or strategy.use_dora=false"

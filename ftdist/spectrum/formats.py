@@ -147,7 +147,8 @@ def _lines(path: Path) -> list[str]:
         )
     except yaml.YAMLError as failure:
         raise UserError(
-            f"{path}: not YAML ({' '.join(str(failure).split())[:120]}); expected unfrozen_parameters: [names]"
+            f"{path}: not YAML ({' '.join(str(failure).split())[:120]}); expected unfrozen_parameters: "
+            "[names]"
         )
     if isinstance(content, dict):
         content = content.get("unfrozen_parameters")

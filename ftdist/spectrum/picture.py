@@ -8,14 +8,13 @@ import secrets
 from pathlib import Path
 
 from ftdist.spectrum import names
-from ftdist.spectrum.formats import Scan
 from ftdist.spectrum.select import Selection
 
 
-def heat_map(path: Path, *, scan: Scan, selection: Selection) -> Path:
-    """Writes a PNG. Colours run within a type, because SNRs of two types do not compare; the number is the SNR.
+def heat_map(path: Path, *, selection: Selection) -> Path:
+    """Writes a PNG. Colours run within a type, since SNRs of two types do not compare; numbers are SNRs.
 
-    Experts that are ranked apart share a cell: their mean, and framed when any of them is selected.
+    Experts that are ranked apart share a cell: their mean, framed when any of them is selected.
     """
     import matplotlib
 
@@ -23,7 +22,7 @@ def heat_map(path: Path, *, scan: Scan, selection: Selection) -> Path:
     from matplotlib import pyplot as plt
     from matplotlib.patches import Rectangle
 
-    cells = _cells(scan)
+    cells = _cells(selection)
     rows = list(dict.fromkeys(kind for kind, _ in cells))
     columns = sorted({layer for _, layer in cells})
     chosen = {place(module) for modules in selection.modules.values() for module in modules}
@@ -43,12 +42,12 @@ def heat_map(path: Path, *, scan: Scan, selection: Selection) -> Path:
             )
             ink = "black" if shade is None or shade > 0.55 else "white"
             axes.text(x, y, _short(value), ha="center", va="center", fontsize=5.5, color=ink)
-    for kind, layer in chosen:
-        if (kind, layer) in cells and layer is not None:
-            corner = (columns.index(layer) - 0.44, rows.index(kind) - 0.42)
+    for kind, number in chosen:
+        if number is not None and (kind, number) in cells:
+            corner = (columns.index(number) - 0.44, rows.index(kind) - 0.42)
             axes.add_patch(Rectangle(corner, 0.88, 0.84, fill=False, edgecolor="red", linewidth=1.4))
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="layer")
-    axes.set_xticks(range(len(columns)), columns, fontsize=7)
+    axes.set_xticks(range(len(columns)), [str(layer) for layer in columns], fontsize=7)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     share = selection.trainable / selection.total
     axes.set_title(
@@ -73,23 +72,23 @@ def place(module: str) -> tuple[str, int | None]:
     return names.module_type(module, group_experts=True), names.layer(module)
 
 
-def _cells(scan: Scan) -> dict[tuple[str, int], float]:
+def _cells(selection: Selection) -> dict[tuple[str, int], float]:
     values: dict[tuple[str, int], list[float]] = {}
-    for entry in scan.entries:
-        kind, layer = place(entry.module)
+    for module, snr in selection.scores.items():
+        kind, layer = place(module)
         if layer is not None:
-            values.setdefault((kind, layer), []).append(entry.snr)
+            values.setdefault((kind, layer), []).append(snr)
     return {at: sum(found) / len(found) for at, found in values.items()}
 
 
 def _shade(value: float, finite: list[float]) -> float | None:
-    """Position between lowest and highest of the type; None where all are equal or this is no number."""
+    """Position between lowest and highest of the type, in logarithms; None where all are equal or it is nan."""
     if math.isnan(value) or not finite:
         return None
     if math.isinf(value):
         return 1.0
-    low, high = min(finite), max(finite)
-    return (value - low) / (high - low) if high > low else None
+    low, high, at = (math.log(max(n, 1e-6)) for n in (min(finite), max(finite), value))
+    return (at - low) / (high - low) if high > low else None
 
 
 def _short(value: float) -> str:

@@ -42,6 +42,11 @@ class Stored:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns, of each matrix of a stack too; a vector is one row."""
+        return (1, self.shape[0]) if len(self.shape) == 1 else (self.shape[-2], self.shape[-1])
+
 
 def find(model_path: str, revision: str | None) -> Path:
     """The directory of the weights: `model_path`, or the snapshot of a hub id, downloaded if needed."""
@@ -95,7 +100,8 @@ def shards(model_dir: Path) -> list[Path]:
         if index.is_file():
             return _indexed(index)
     raise UserError(
-        f"model.path={model_dir}: no weights there (looked for model.safetensors, pytorch_model.bin and the index "
+        f"model.path={model_dir}: no weights there (looked for model.safetensors, pytorch_model.bin and the "
+        "index "
         "of each); download the whole model"
     )
 

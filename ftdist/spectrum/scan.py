@@ -1,14 +1,13 @@
 """The SNR scan: every weight is measured once, shared by processes, machines and killed attempts.
 
-Results go to `<cache>/spectrum/<content of the weights>/<version>/<worker>.jsonl`, a line for each tensor with
-both thresholds. A scan first reads what is there, so it goes on where one was killed, and workers need no
-connection but this directory: under `accelerate launch`, torchrun or srun each rank takes its share, and rank 0
-writes `snr.json` when every tensor is there.
+Results go to `<cache>/spectrum/<content of the weights>/<version>/<worker>.jsonl`, a line for each tensor
+with both thresholds. A scan first reads what is there, so it goes on where one was killed, and workers need
+no connection but this directory: under `accelerate launch`, torchrun or srun each rank takes its share, and
+rank 0 writes `snr.json` when every tensor is there.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import socket
@@ -97,9 +96,9 @@ def launched_as() -> tuple[int, int]:
 
 def cost(tensor: Stored) -> float:
     """Work, in multiplications: the Gram matrix, and slower ones (measured: 3 times) for its eigenvalues."""
-    *stack, rows, columns = (1, *tensor.shape) if len(tensor.shape) == 1 else tensor.shape
-    short, long = min(rows, columns), max(rows, columns)
-    return math.prod(stack) * (float(short) ** 2 * long + 3.0 * float(short) ** 3) + tensor.elements
+    short, long = min(tensor.matrix), max(tensor.matrix)
+    stack = tensor.elements // (short * long)
+    return stack * (float(short) ** 2 * long + 3.0 * float(short) ** 3) + tensor.elements
 
 
 def assign(tensors: list[Stored], workers: int) -> list[list[Stored]]:
@@ -211,7 +210,7 @@ def _entries(
     threshold: Threshold,
     group_experts: bool,
 ) -> dict[str, dict[str, Any]]:
-    """snr.json: module -> snr, type, shape and how it was found. Experts in one tensor: their mean, and each."""
+    """snr.json: module -> snr, type, shape, how it was found; experts in one tensor: the mean, and each."""
     entries = {}
     for name in sorted(weights, key=names.natural_order):
         module, found = names.module_name(name), measured[name]

@@ -54,6 +54,7 @@ class Selection:
     modules: dict[str, tuple[str, ...]]  # type -> selected modules, highest SNR first
     types: tuple[TypeCount, ...]  # ranked types, then embeddings and head
     whole: tuple[str, ...]  # parameters of head and embedding that are trained
+    scores: dict[str, float]  # every unit that can be frozen by itself -> SNR
     top_percent: float
     trainable: int
     total: int
@@ -84,10 +85,12 @@ def select(
 ) -> Selection:
     """The `top_percent` of each module type with the highest SNR, and embedding and head if wanted.
 
-    `shapes`: the parameters of the loaded model. Of n modules of a type, floor(n·top_percent/100) are taken, as
-    the reference tool does. `trainable_budget` (a number of parameters, or a share below 1 of all) takes the
-    largest percentage that stays within it; `top_percent` must be None then. `norms`: 1-D weights are ranked too.
-    UserError: a scan of another model, a percentage not inside 0 … 100, a budget for nothing or for everything.
+    `shapes`: the parameters of the loaded model. Of n modules of a type, floor(n·top_percent/100) are
+    taken, as the reference tool does. `trainable_budget` (a number of parameters, or a share below 1 of
+    all) takes the largest percentage that stays within it; `top_percent` must be None then. `norms`: 1-D
+    weights are ranked too.
+    UserError: a scan of another model, a percentage not inside 0 … 100, a budget for nothing or for
+    everything.
     """
     _check_percentage(top_percent, trainable_budget)
     notes: list[str] = []
@@ -130,6 +133,7 @@ def select(
         modules={kind: tuple(unit.name for unit in members) for kind, members in chosen.items()},
         types=tuple(counts),
         whole=whole,
+        scores={unit.name: unit.snr for unit in units},
         top_percent=top_percent,
         trainable=sum(size[name] for name in trained),
         total=sum(size.values()),
@@ -140,7 +144,8 @@ def select(
 def _check_percentage(top_percent: float | None, trainable_budget: float | None) -> None:
     if (top_percent is None) == (trainable_budget is None):
         raise UserError(
-            f"strategy.top_percent={top_percent} and strategy.trainable_budget={trainable_budget}: set exactly one of "
+            f"strategy.top_percent={top_percent} and strategy.trainable_budget={trainable_budget}: set "
+            "exactly one of "
             "them, the other to null"
         )
     if top_percent is not None and not 0 < top_percent < 100:
@@ -148,7 +153,8 @@ def _check_percentage(top_percent: float | None, trainable_budget: float | None)
         raise UserError(f"strategy.top_percent={top_percent:g}: must be above 0 and below 100{fix}")
     if trainable_budget is not None and not (0 < trainable_budget < math.inf):
         raise UserError(
-            f"strategy.trainable_budget={trainable_budget:g}: must be a number of parameters, or a share between 0 and 1"
+            f"strategy.trainable_budget={trainable_budget:g}: must be a number of parameters, or a share "
+            "between 0 and 1"
         )
 
 
@@ -184,7 +190,8 @@ def _units(scan: Scan, shapes: Mapping[str, Shape], notes: list[str]) -> list[_U
             )
     if shared:
         notes.append(
-            f"{shared} expert matrices lie in {sum(len(e) > 1 for e in members.values())} tensors of the loaded model; "
+            f"{shared} expert matrices lie in {sum(len(e) > 1 for e in members.values())} tensors of the "
+            "loaded model; "
             "each tensor is ranked by the mean SNR of its experts"
         )
     unmeasured = [unit.name for unit in units if math.isnan(unit.snr)]
@@ -200,7 +207,8 @@ def _check_shapes(
         wanted = shapes[parameters[0]]
         if len(entries) == 1 and entries[0].shape not in (None, wanted):
             raise UserError(
-                f"{scan.path}: a scan of another model: {entries[0].module} has shape {list(entries[0].shape or ())} "
+                f"{scan.path}: a scan of another model: {entries[0].module} has shape "
+                f"{list(entries[0].shape or ())} "
                 f"there and {list(wanted)} here"
             )
         measured = [math.prod(entry.shape) for entry in entries if entry.shape is not None]
@@ -250,13 +258,15 @@ def _whole(shapes: Mapping[str, Shape], embeddings: bool, head: bool, notes: lis
     embedding_names, head_names = names.embeddings(shapes), names.heads(shapes)
     if (embeddings or head) and not embedding_names:
         raise UserError(
-            f"strategy.embeddings={str(embeddings).lower()}, strategy.head={str(head).lower()}: no embedding is "
+            f"strategy.embeddings={str(embeddings).lower()}, strategy.head={str(head).lower()}: no "
+            "embedding is "
             "recognised among the names of this model; set both to false"
         )
     if not head_names:  # the head is the embedding
         if embeddings != head:
             raise UserError(
-                f"strategy.embeddings={str(embeddings).lower()}, strategy.head={str(head).lower()}: they are one tensor "
+                f"strategy.embeddings={str(embeddings).lower()}, strategy.head={str(head).lower()}: they "
+                "are one tensor "
                 f"in this model ({embedding_names[0]}); set both to the same"
             )
         if head:
@@ -277,7 +287,8 @@ def _ties(kind: str, members: list[_Unit], count: int) -> list[str]:
     tied = [unit for unit in members if unit.snr == value]
     taken = sum(unit.snr == value for unit in members[:count])
     return [
-        f"{kind}: {len(tied)} modules tie at SNR {value:g}; the first {taken} in the order of the layers are taken"
+        f"{kind}: {len(tied)} modules tie at SNR {value:g}; the first {taken} in the order of the layers "
+        "are taken"
     ]
 
 
@@ -302,12 +313,14 @@ def _percentage(
     if not fitting:
         least = f"{trained(candidates[0]):,}" if candidates else "all"
         raise UserError(
-            f"strategy.trainable_budget={budget:g}: too small; embedding and head take {extra:,}, and the least that can "
+            f"strategy.trainable_budget={budget:g}: too small; embedding and head take {extra:,}, and the "
+            "least that can "
             f"be selected makes it {least}; set strategy.embeddings=false strategy.head=false, or raise it"
         )
     if limit >= trained(100):
         raise UserError(
-            f"strategy.trainable_budget={budget:g}: everything that could be selected fits into it; to train everything "
+            f"strategy.trainable_budget={budget:g}: everything that could be selected fits into it; to "
+            "train everything "
             "use strategy=full"
         )
     return fitting[-1]

@@ -9,9 +9,9 @@ Donoho, "The optimal hard threshold for singular values is 4/√3" (2014), secti
 
 Singular values come from the eigenvalues of the Gram matrix of the short side in float64. That squares the
 condition number: an eigenvalue is off by up to δ = 4·ε·√(n+m)·S[0]² (a float64 SVD shows about a quarter of
-that), a singular value s by δ/(2s). What this does to the SNR follows from the values themselves; where it could
-be more than `TOLERANCE`, or a value could lie on the other side of the threshold, the matrix is read again and
-goes through a QR decomposition in slices and an SVD, which do not square anything.
+that), a singular value s by δ/(2s). What this does to the SNR follows from the values themselves; where it
+could be more than `TOLERANCE`, or a value could lie on the other side of the threshold, the matrix is read
+again and goes through a QR decomposition in slices and an SVD, which do not square anything.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _measured(values: torch.Tensor, delta: float, shape: tuple[int, int]) -> dic
 def _ratio(
     values: torch.Tensor, delta: float, shape: tuple[int, int], threshold: Threshold
 ) -> dict[str, Any]:
-    """SNR at a threshold and the bound of its relative error, given eigenvalues that are off by up to `delta`."""
+    """SNR at a threshold and a bound on its relative error, where eigenvalues are off by up to `delta`."""
     import torch
 
     errors = torch.minimum(delta / (2 * values).clamp(min=1e-300), torch.full_like(values, math.sqrt(delta)))

@@ -61,7 +61,7 @@ def run(
 
     write_reference_json(output_dir / "snr_reference.json", found)
     write_unfrozen_yaml(output_dir / "snr_unfrozenparameters.yaml", selection.modules, selection.whole)
-    heat_map(output_dir / "snr.png", scan=found, selection=selection)
+    heat_map(output_dir / "snr.png", selection=selection)
     print(table(selection))
     print(f"scan: {path}")
     return path
@@ -78,7 +78,7 @@ def disk_shapes(model_dir: Path) -> dict[str, Shape]:
 
 def table(selection: Selection) -> str:
     """Types, counts and parameters of a selection for people to read."""
-    rows = [("type", "modules", "trained", "parameters", "of", "share")]
+    rows: list[tuple[str, ...]] = [("type", "modules", "trained", "parameters", "of", "share")]
     for count in selection.types:
         rows.append(_row(count.type, count.modules, count.selected, count.parameters, count.of))
     rows.append(_row("model", None, None, selection.trainable, selection.total))

@@ -1,6 +1,7 @@
 """Measures a list of tensors, one at a time, and writes each result as a line of its own.
 
-`python -m ftdist.spectrum.work` is a worker process of a scan; it reads its share as JSON from standard input.
+`python -m ftdist.spectrum.work` is a worker process of a scan; it reads its share as JSON from standard
+input.
 """
 
 from __future__ import annotations
@@ -26,34 +27,34 @@ _PIECE = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
 def measure_all(tensors: list[Stored], results: Path, device: str) -> None:
-    """Appends {"name": …, "experts": [result, …]} for each tensor to `results`; a kill leaves a cut last line.
+    """Appends {"name": …, "matrices": [result, …]} to `results` for each tensor; a kill cuts the last line.
 
     UserError for a weight that is NaN or infinite.
     """
     with results.open("a") as stream:
         for tensor in tensors:
-            *stack, rows, columns = (1, *tensor.shape) if len(tensor.shape) == 1 else tensor.shape
+            stack = tensor.shape[0] if len(tensor.shape) == 3 else 1
             try:
-                found = [
-                    snr.measure(lambda i=i: slices(tensor, i, device), (rows, columns))  # type: ignore[misc]  # noqa: B023
-                    for i in range(stack[0] if stack else 1)
-                ]
+                found = [_measure(tensor, index, device) for index in range(stack)]
             except snr.NotFinite:
-                raise UserError(
-                    f"{tensor.file}: {tensor.name} has NaN or infinite values; download or train it again"
-                )
-            stream.write(json.dumps({"name": tensor.name, "experts": found}) + "\n")
+                raise UserError(f"{tensor.file}: {tensor.name} has NaN or infinite values; get sound weights")
+            stream.write(json.dumps({"name": tensor.name, "matrices": found}) + "\n")
             stream.flush()
+
+
+def _measure(tensor: Stored, index: int, device: str) -> dict[str, Any]:
+    return snr.measure(lambda: slices(tensor, index, device), tensor.matrix)
 
 
 def slices(tensor: Stored, index: int, device: str) -> Iterator[torch.Tensor]:
     """Matrix `index` of a tensor in float64 pieces with the short side as columns.
 
-    A tall matrix is read a few rows at a time. A wide one is read whole in its own type and converted in pieces.
+    A tall matrix is read a few rows at a time. A wide one is read whole in its own type and converted in
+    pieces.
     """
     import torch
 
-    rows, columns = (1, tensor.shape[0]) if len(tensor.shape) == 1 else tensor.shape[-2:]
+    rows, columns = tensor.matrix
     start = index * rows * columns
     step = max(1, _PIECE[torch.device(device).type] // min(rows, columns))
     step = max(step, min(rows, columns) // 4)  # thin pieces would make many small products
@@ -75,7 +76,7 @@ def read_results(directory: Path) -> dict[str, list[dict[str, Any]]]:
         for line in file.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                found[entry["name"]] = entry["experts"]
+                found[entry["name"]] = entry["matrices"]
             except (ValueError, KeyError, TypeError):
                 continue
     return found
