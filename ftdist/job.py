@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from ftdist.data.prepare import prepare
 from ftdist.evaluate import evaluate, settings
 from ftdist.plan import Plan
 from ftdist.plan.shapes import Shapes, model_shapes
-from ftdist.strategies import Base, Recipe, find
+from ftdist.strategies import Base, Recipe, find, preparation
 
 GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "eval", "tracking")
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
@@ -49,7 +50,8 @@ def check(config: dict[str, Any]) -> None:
     schema.check("engine", config["engine"], launcher.engine_function(config["engine"].get("name")))
     schema.check("tracking", config["tracking"], tracking.function(config["tracking"].get("name")))
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
-    schema.check("strategy", keys, find(config["strategy"].get("name")))
+    strategy = find(config["strategy"].get("name"))
+    schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
 
 
 DATA_CONTEXT = ("tokenizer_path", "revision", "trust_remote_code", "max_length", "packing", "task", "seed",
@@ -60,10 +62,13 @@ def model_keys(*, path: str, architecture: dict[str, Any] | None) -> None:
     """The keys of `model` that the plan reads."""
 
 
-def plan(config: dict[str, Any], rows: int | None = None, examples: int | None = None) -> Plan:
+def plan(
+    config: dict[str, Any], rows: int | None = None, examples: int | None = None, measured: bool = False
+) -> Plan:
     """What would run, with the arithmetic. Loads no torch, no weights, no data; `config` was completed by `decide`.
 
-    rows: of the prepared training split, packed ones where packing is on; examples: before packing.
+    rows: of the prepared training split, packed ones where packing is on; examples: before packing;
+    measured: the strategy has prepared what it needs.
     """
     from ftdist.plan.advice import advice
     from ftdist.plan.batch import batch_arithmetic
@@ -77,7 +82,7 @@ def plan(config: dict[str, Any], rows: int | None = None, examples: int | None =
     total = shapes.total
     stage = stage_of(engine)
     dtype = precision(train)
-    recipe = recipe_of(config, shapes)
+    recipe = recipe_of(config, shapes, measured)
     refuse(
         strategy=config["strategy"]["name"],
         adapters=recipe.peft is not None,
@@ -193,8 +198,12 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     model = config["model"]
     model["path"] = models.local_path(model["path"], model["revision"])
     prepared = prepared_data(config)
+    measure = preparation(find(config["strategy"]["name"]))
+    if measure is not None:
+        keys = schema.pick(measure, config["strategy"])
+        config["strategy"] |= measure(model["path"], run_dir / "snr.json", len(os.sched_getaffinity(0)), **keys)
     report = json.loads((prepared / "data_report.json").read_text(encoding="utf-8"))
-    made = plan(config, rows=report["train_rows"], examples=report["train"])
+    made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     print(f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}")
     if config["engine"]["name"] not in ("single", "ddp"):
         function = launcher.engine_function(config["engine"]["name"])
@@ -239,12 +248,14 @@ def shapes_of(model: dict[str, Any]) -> Shapes:
     )
 
 
-def recipe_of(config: dict[str, Any], shapes: Shapes) -> Recipe:
+def recipe_of(config: dict[str, Any], shapes: Shapes, measured: bool) -> Recipe:
     """What the strategy answers for this model and engine."""
     dtype = precision(config["train"])
-    base = Base(shapes.architecture.parameters, dtype, storage(stage_of(config["engine"]["name"]), dtype))
-    keys = {key: value for key, value in config["strategy"].items() if key != "name"}
-    return find(config["strategy"]["name"])(base, **keys)
+    base = Base(
+        shapes.architecture.parameters, dtype, storage(stage_of(config["engine"]["name"]), dtype), measured
+    )
+    function = find(config["strategy"]["name"])
+    return function(base, **schema.pick(function, config["strategy"]))
 
 
 def stage_of(engine: str) -> int:

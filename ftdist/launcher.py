@@ -119,6 +119,8 @@ def run(run_dir: Path, count: int) -> None:
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    if devices()[1] != "GPU":
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     (run_dir / "logs").mkdir(exist_ok=True)
     with (run_dir / "logs" / "launcher.log").open("ab") as log:
         # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import rundir
+from ftdist import rundir, schema
 from ftdist.errors import FAILED, USAGE, UserError
 
 
@@ -28,7 +28,10 @@ def train(run_dir: Path) -> None:
     main = int(os.environ.get("RANK", "0")) == 0
 
     import datasets
+    import torch
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ftdist import models, tracking
     from ftdist.plan.shapes import model_shapes
     from ftdist.save import save_final
@@ -38,8 +41,9 @@ def train(run_dir: Path) -> None:
     path, revision, remote = (config["model"][key] for key in ("path", "revision", "trust_remote_code"))
     arguments = training_arguments(run_dir, config, plan)  # first: under ZeRO-3 they make the model load sharded
     shapes = model_shapes(path, None, revision=revision, trust_remote_code=remote).architecture.parameters
-    keys = {key: value for key, value in config["strategy"].items() if key != "name"}
-    recipe = find(config["strategy"]["name"])(Base(shapes, plan["precision"], plan["storage"]), **keys)
+    strategy = find(config["strategy"]["name"])
+    base = Base(shapes, plan["precision"], plan["storage"], measured=True)
+    recipe = strategy(base, **schema.pick(strategy, config["strategy"]))
 
     tokenizer = models.tokenizer(path, revision, remote)
     wanted = {key: value for key, value in config["model"].items() if key != "architecture"}
@@ -127,10 +131,6 @@ def main(run_dir: Path) -> int:
     # A rank whose launcher is gone has nobody who would stop it: die with the parent (Linux, prctl 1 = PDEATHSIG).
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         train(run_dir)
     except Exception as failure:

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ftdist import models, rundir
+from ftdist import models, rundir, schema
 from ftdist.plan.shapes import model_shapes
-from ftdist.strategies import Base, Recipe, find
+from ftdist.strategies import Base, find
 
 
 def main(run_dir: Path, samples: int, max_new_tokens: int, batch_size: int, show: int) -> None:
@@ -65,9 +65,9 @@ def loaded(run_dir: Path, config: dict[str, Any], plan: dict[str, Any], tuned: b
 
     keys = config["model"]
     shapes = model_shapes(keys["path"], None, revision=keys["revision"], trust_remote_code=keys["trust_remote_code"])
-    strategy = {key: value for key, value in config["strategy"].items() if key != "name"}
-    base = Base(shapes.architecture.parameters, plan["precision"], "uint8")
-    recipe: Recipe = find(config["strategy"]["name"])(base, **strategy)
+    strategy = find(config["strategy"]["name"])
+    base = Base(shapes.architecture.parameters, plan["precision"], "uint8", measured=True)
+    recipe = strategy(base, **schema.pick(strategy, config["strategy"]))
     whole = tuned and recipe.peft is None
     model = models.load(
         path=str(run_dir / "final") if whole else keys["path"],

@@ -6,6 +6,9 @@ A strategy of another package needs no edit here. It has
 - an entry point in the group `ftdist.strategies` that gives the function a name;
 - a YAML file `strategy/<choice>.yaml` with `name: <entry point>` and the defaults, in a folder given with
   `--config-dir`, or in a package named by an entry point in the group `ftdist.conf`.
+
+A strategy that has to measure the weights before any rank starts has a second function beside it,
+`prepare(model_path, output, processes, *, key: type, ...) -> dict`: the keys that it decides.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ class Base:
     shapes: Mapping[str, tuple[int, ...]]  # parameter name → shape
     dtype: str  # of the computation: float32, bfloat16 or float16
     storage: str  # in which 4-bit weights are stored: uint8, or `dtype` where the engine shards weights
+    measured: bool  # False while planning: `prepare` has not run, only the number of trained weights matters
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,8 @@ def find(name: str | None) -> Callable[..., Recipe]:
         raise UserError(f"strategy.name={name}: no such strategy; {nearest(str(name), [*own, *points])}")
     loaded: Callable[..., Recipe] = points[name].load()
     return loaded
+
+
+def preparation(recipe: Callable[..., Recipe]) -> Callable[..., dict[str, Any]] | None:
+    """The `prepare` beside a strategy's function, if it has one."""
+    return getattr(import_module(recipe.__module__), "prepare", None)

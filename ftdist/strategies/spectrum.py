@@ -1,0 +1,99 @@
+"""Spectrum (Hartford et al. 2024, arXiv 2406.06623): train the weights with the best signal-to-noise ratio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from ftdist.errors import UserError
+from ftdist.spectrum.formats import Entry, Scan
+from ftdist.spectrum.names import heads, is_scanned, module_name, module_type
+from ftdist.spectrum.select import load_parameter_list, load_scan, select
+from ftdist.strategies import Base, Recipe
+from ftdist.strategies.qlora import nf4
+
+
+def recipe(
+    base: Base,
+    *,
+    parameters: str | list[str] | None,
+    scan: str | None,
+    top_percent: float | None,
+    trainable_budget: float | None,
+    types: Literal["all"] | list[str],
+    embeddings: bool,
+    head: bool,
+    norms: bool,
+    group_experts: bool,
+    base_bits: Literal[4] | None,
+) -> Recipe:
+    """The listed parameters, or those that the scan selects, stay unfrozen; all others are frozen."""
+    if parameters is not None:
+        names = _listed(parameters, base)
+    else:
+        if scan is None and base.measured:
+            raise UserError("strategy.scan=null: this run has no scan to select by; start it with ftdist train")
+        names = select(
+            scan=_even(base, group_experts) if scan is None else load_scan(Path(scan).expanduser()),
+            shapes=base.shapes,
+            top_percent=top_percent,
+            types=types,
+            embeddings=embeddings,
+            head=head,
+            norms=norms,
+            trainable_budget=trainable_budget,
+        ).names
+    if base_bits is None:
+        return Recipe(trainable=names)
+    whole = sorted({module_name(name) for name in (*names, *heads(base.shapes))})
+    return Recipe(quantization=nf4(base, True) | {"llm_int8_skip_modules": whole}, trainable=names)
+
+
+def prepare(
+    model_path: str,
+    output: Path,
+    processes: int,
+    *,
+    parameters: str | list[str] | None,
+    scan: str | None,
+    threshold: Literal["reference", "marchenko_pastur"],
+    group_experts: bool,
+) -> dict[str, Any]:
+    """Scan the weights before any rank starts, if nothing else says what to train; the keys that this decides."""
+    if parameters is not None or scan is not None:
+        return {}
+    from ftdist.spectrum.scan import scan as measure
+
+    made = measure(
+        model_path=model_path,
+        output=output,
+        processes=processes,
+        device="auto",
+        threshold=threshold,
+        group_experts=group_experts,
+    )
+    return {"scan": str(made)}
+
+
+def _listed(parameters: str | list[str], base: Base) -> frozenset[str]:
+    """Names from the configuration itself, or from a file."""
+    if isinstance(parameters, str):
+        return load_parameter_list(Path(parameters).expanduser(), base.shapes)
+    known = {module_name(name): name for name in base.shapes} | {name: name for name in base.shapes}
+    for name in parameters:
+        if name not in known:
+            import difflib
+
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            raise UserError(f"strategy.parameters={name}: the model has no such parameter; did you mean {near[0]}?")
+    return frozenset(known[name] for name in parameters)
+
+
+def _even(base: Base, group_experts: bool) -> Scan:
+    """A scan that prefers nothing: enough for a plan, since modules of one type are of one size."""
+    entries = [
+        Entry(module_name(name), module_type(module_name(name), group_experts=group_experts), 1.0, shape)
+        for name, shape in base.shapes.items()
+        if is_scanned(name, shape)
+    ]
+    return Scan(Path("plan"), tuple(entries))
