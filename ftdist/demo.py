@@ -33,21 +33,13 @@ CHAT_TEMPLATE = (
 )
 
 # What the questions talk about. Few words, each seen often: a small model learns them; their combinations never end.
-NAMES = "Ada Amir Anna Ben Clara Dara Emil Eva Finn Hana Hugo Ivan Jane Kian Leo Maya Nina Omar Rosa Sina Tara Tom Vera Zoe".split()  # noqa: E501
-PLACES = "Athens Berlin Boston Cairo Delhi Dublin Geneva Havana Kyoto Lima London Madrid Nairobi Oslo Paris Prague Quito Rome Seoul Shiraz Sydney Tehran Tokyo Vienna".split()  # noqa: E501
-THINGS = "apple bell bird boat book bread bridge button camera candle chair clock cloud coffee desk drum feather flower garden glove hammer honey island jacket kite ladder lamp lemon mirror moon needle onion paper pencil piano pillow rabbit river rocket rope salad shoe spoon star teapot tiger train umbrella".split()  # noqa: E501
+NAMES = ["Ada", "Amir", "Anna", "Ben", "Clara", "Dara", "Emil", "Eva", "Finn", "Hana", "Hugo", "Ivan", "Jane", "Kian", "Leo", "Maya", "Nina", "Omar", "Rosa", "Sina", "Tara", "Tom", "Vera", "Zoe"]  # noqa: E501
+PLACES = ["Athens", "Berlin", "Boston", "Cairo", "Delhi", "Dublin", "Geneva", "Havana", "Kyoto", "Lima", "London", "Madrid", "Nairobi", "Oslo", "Paris", "Prague", "Quito", "Rome", "Seoul", "Shiraz", "Sydney", "Tehran", "Tokyo", "Vienna"]  # noqa: E501
+THINGS = ["apple", "bell", "bird", "boat", "book", "bread", "bridge", "button", "camera", "candle", "chair", "clock", "cloud", "coffee", "desk", "drum", "feather", "flower", "garden", "glove", "hammer", "honey", "island", "jacket", "kite", "ladder", "lamp", "lemon", "mirror", "moon", "needle", "onion", "paper", "pencil", "piano", "pillow", "rabbit", "river", "rocket", "rope", "salad", "shoe", "spoon", "star", "teapot", "tiger", "train", "umbrella"]  # noqa: E501
 
 # Frequent English words and letter pairs: with them, ordinary text takes about three bytes a token.
-ENGLISH = (
-    "the of and to in is that for it as was with on by at from are this be or an have has had not but they he she we "
-    "you his her their its all one two three four five six more than each how many much what when which who will would "
-    "can could there if then so up out about into some other time day days week weeks hour hours year years minutes "
-    "number total first last second next following word words list name city colour thing order after before over "
-    "every get gets got make makes made use used take takes give gives buy buys sell sells cost costs pay paid money "
-    "dollars cents price half twice times as per left right same different old new long people children friends "
-    "answer question write describe explain comes order reverse capitals"
-).split()
-PAIRS = "th he in er an re on at en nd ti es or te of ed is it al ar st to nt ng se ha as ou io le ve co me de hi ri ro ic ne ea ra ce".split()  # noqa: E501
+ENGLISH = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "on", "by", "at", "from", "are", "this", "be", "or", "an", "have", "has", "had", "not", "but", "they", "he", "she", "we", "you", "his", "her", "their", "its", "all", "one", "two", "three", "four", "five", "six", "more", "than", "each", "how", "many", "much", "what", "when", "which", "who", "will", "would", "can", "could", "there", "if", "then", "so", "up", "out", "about", "into", "some", "other", "time", "day", "days", "week", "weeks", "hour", "hours", "year", "years", "minutes", "number", "total", "first", "last", "second", "next", "following", "word", "words", "list", "name", "city", "colour", "thing", "order", "after", "before", "over", "every", "get", "gets", "got", "make", "makes", "made", "use", "used", "take", "takes", "give", "gives", "buy", "buys", "sell", "sells", "cost", "costs", "pay", "paid", "money", "dollars", "cents", "price", "half", "twice", "times", "as", "per", "left", "right", "same", "different", "old", "new", "long", "people", "children", "friends", "answer", "question", "write", "describe", "explain", "comes", "order", "reverse", "capitals"]
+PAIRS = ["th", "he", "in", "er", "an", "re", "on", "at", "en", "nd", "ti", "es", "or", "te", "of", "ed", "is", "it", "al", "ar", "st", "to", "nt", "ng", "se", "ha", "as", "ou", "io", "le", "ve", "co", "me", "de", "hi", "ri", "ro", "ic", "ne", "ea", "ra", "ce"]  # noqa: E501
 
 
 # --- skills: each returns (question, answer) -----------------------------------------------------------------------

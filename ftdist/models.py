@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,6 +123,19 @@ def apply(model: PreTrainedModel, recipe: Recipe, trained_dtype: str) -> Any:
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # ZeRO-3 holds shards in its own type
             parameter.data = parameter.data.to(getattr(torch, trained_dtype))
     return model
+
+
+@contextlib.contextmanager
+def partly_quantized(model: Any) -> Iterator[None]:
+    """transformers refuses to train a quantised model without adapters; one that keeps whole weights to train is fine."""
+    mark = hasattr(model, "hf_quantizer") and not hasattr(model, "peft_config")
+    if mark:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if mark:
+            model._hf_peft_config_loaded = False
 
 
 def trainable_elements(model: Any) -> int:

@@ -25,6 +25,8 @@ def save_final(model: Any, tokenizer: Any, base: str, directory: Path, main: boo
     for name, parameter in wanted:
         if name in original:
             continue
+        if hasattr(parameter, "quant_state"):
+            raise RuntimeError(f"{name} is quantised and {base} does not hold it whole: it cannot be saved")
         with _whole(parameter):
             if main:
                 state[name] = parameter.detach().to("cpu", copy=True)
@@ -37,6 +39,12 @@ def save_final(model: Any, tokenizer: Any, base: str, directory: Path, main: boo
     else:
         state |= {n: b.detach().cpu() for n, b in model.named_buffers() if n in model.state_dict()}
         state |= original
+        empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+        if empty:
+            raise RuntimeError(f"{empty[0]} is empty: a shard was saved instead of the whole")
+        if getattr(model, "hf_quantizer", None) is not None:  # what is saved is whole again
+            model.hf_quantizer = None
+            del model.config.quantization_config
         widest = max((t.dtype for t in state.values() if t.is_floating_point()), key=lambda d: d.itemsize)
         model.config.dtype = widest
         model.save_pretrained(partial, state_dict=state)

@@ -53,16 +53,17 @@ def train(run_dir: Path) -> None:
         model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
 
     data = Path(plan["prepared"])
-    trainer = TokenTrainer(
-        model=model,
-        args=arguments,
-        packing=config["train"]["packing"],
-        loss_type=config["train"]["loss_type"],
-        train_dataset=datasets.load_from_disk(str(data / "train")),
-        eval_dataset=datasets.load_from_disk(str(data / "validation")),
-        data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
-        callbacks=list(recipe.callbacks),
-    )
+    with models.partly_quantized(model):
+        trainer = TokenTrainer(
+            model=model,
+            args=arguments,
+            packing=config["train"]["packing"],
+            loss_type=config["train"]["loss_type"],
+            train_dataset=datasets.load_from_disk(str(data / "train")),
+            eval_dataset=datasets.load_from_disk(str(data / "validation")),
+            data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
+            callbacks=list(recipe.callbacks),
+        )
     counted = models.trainable_elements(model)
     if counted != plan["trainable_parameters"]:
         raise RuntimeError(f"{counted:,} parameters would be trained, the plan has {plan['trainable_parameters']:,}")

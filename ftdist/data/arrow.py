@@ -39,7 +39,7 @@ def write_shard(
 
 def finish(folder: Path, columns: list[str], shards: list[str], *, fingerprint: str) -> None:
     """The two JSON files that make a folder of Arrow files a data set."""
-    state = {
+    state: dict[str, object] = {
         "_data_files": [{"filename": name} for name in shards],
         "_fingerprint": fingerprint,
         "_format_columns": None,

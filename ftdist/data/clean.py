@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ftdist.data import text as texts
-from ftdist.data.formats import Reject, convert
+from ftdist.data.formats import Reject, convert, ignored
 from ftdist.data.reading import BadRow, Block, parse
 from ftdist.data.sources import KINDS, Source
 
@@ -64,6 +64,7 @@ class Cleaned:
     keys: np.ndarray  # (rows, 2) uint64: hash of the content
     ids: np.ndarray  # uint64: hash of the row's own id, 0 without one
     scripts: np.ndarray
+    ignored: tuple[str, ...]  # columns of the first row that nothing reads
     reject_reasons: list[str] = field(default_factory=list)
 
 
@@ -130,9 +131,12 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
     lines: list[int] = []
     said: list[tuple[str, str]] = []
     rejects: list[dict[str, Any]] = []
+    unread: tuple[str, ...] | None = None
     seen = 0
     for line, raw in parse(block):
         seen += 1
+        if unread is None and isinstance(raw, dict):
+            unread = tuple(ignored(raw, format=source.format, columns=source.columns))
         try:
             if isinstance(raw, BadRow):
                 raise Reject(raw.reason, raw.detail)
@@ -175,6 +179,7 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
         keys,
         ids,
         scripts.sum(0) if count else np.zeros(len(texts.SCRIPTS), np.int64),
+        unread or (),
     )
 
 

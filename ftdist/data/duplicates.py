@@ -17,9 +17,8 @@ from ftdist.data.clean import PARTITIONS
 from ftdist.data.pool import Pool
 
 U64 = np.uint64
-_ALL_PAIRS = (
-    16  # buckets up to this size are compared pair by pair, larger ones with their first and their neighbour
-)
+# buckets up to this size are compared pair by pair, larger ones with their first row and their neighbour
+_ALL_PAIRS = 16
 _TASK_ENTRIES = 4_000_000  # n-grams that a task holds at once
 
 
@@ -31,6 +30,13 @@ class Twins(NamedTuple):
     overlap: np.ndarray
 
 
+def group_starts(ordered: np.ndarray) -> np.ndarray:
+    """Where the runs of equal values begin."""
+    changes = np.ones(len(ordered), bool)
+    changes[1:] = ordered[1:] != ordered[:-1]
+    return np.flatnonzero(changes)
+
+
 def exact(keys: np.ndarray, alive: np.ndarray) -> Twins:
     """Every alive row but the first of each group with one key."""
     rows = np.flatnonzero(alive)
@@ -39,7 +45,7 @@ def exact(keys: np.ndarray, alive: np.ndarray) -> Twins:
     both = keys[rows, 0] ^ (keys[rows, 1] * U64(0x9E3779B97F4A7C15))
     order = np.argsort(both, kind="stable")
     ordered = both[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    starts = group_starts(ordered)
     first = np.repeat(rows[order[starts]], np.diff([*starts, len(rows)]))
     rows = rows[order]
     later = rows != first
@@ -96,13 +102,9 @@ def band_pairs(task: tuple[Path, list[int], int]) -> np.ndarray:
     buckets = buckets[rows]
     order = np.argsort(buckets, kind="stable")  # rows of a bucket stay in their order
     ordered, rows = buckets[order], rows[order].astype(U64)
-    starts = (
-        np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-        if len(rows)
-        else np.zeros(0, int)
-    )
+    starts = group_starts(ordered)
     sizes = np.diff([*starts, len(rows)])
-    pairs = [np.zeros(0, U64)]
+    pairs: list[np.ndarray] = [np.zeros(0, U64)]
     for size in np.unique(sizes[(sizes > 1) & (sizes <= _ALL_PAIRS)]):
         at = starts[sizes == size]
         for i in range(size):
@@ -239,9 +241,8 @@ def shared_ngrams(task: tuple[Path, list[int], int, int, int]) -> tuple[np.ndarr
     grams, rows, of = place[hit], rows[hit], of[hit]
     order = np.lexsort((rows, grams))
     grams, rows, of = grams[order], rows[order], of[order]
-    fresh = (
-        np.concatenate([[True], (grams[1:] != grams[:-1]) | (rows[1:] != rows[:-1])]) if len(grams) else []
-    )
+    fresh = np.ones(len(grams), bool)
+    fresh[1:] = (grams[1:] != grams[:-1]) | (rows[1:] != rows[:-1])
     grams, rows, of = grams[fresh], rows[fresh], of[fresh]
     frequency = np.bincount(grams, minlength=len(evaluation))
     example = np.zeros(len(evaluation), np.int64)

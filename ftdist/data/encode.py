@@ -77,7 +77,8 @@ class _Block:
         way_out = ", or data.mask=all" if self.laying.task == "sft" else ""
         return UserError(
             f"data.chat_template: the template can't be divided exactly into turns ({error}; seen at "
-            f"{self.source.files[self.file]} line {self.lines[row]}); use one with {{% generation %}} tags{way_out}"
+            f"{self.source.files[self.file]} line {self.lines[row]}); use one with {{% generation %}} "
+            f"tags{way_out}"
         )
 
     def drop(self, row: int) -> None:

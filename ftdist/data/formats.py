@@ -27,13 +27,30 @@ PAIRS = (
 )
 _ALPACA_ANSWERS = ("output", "response", "answer", "completion")
 # what `data.columns` may name
-COLUMNS = ["messages", "conversations", "instruction", "input", "output", "history", "prompt", "completion", "question", "answer", "text", "chosen", "rejected", "system", "tools", "id"]
+COLUMNS = [
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "text",
+    "chosen",
+    "rejected",
+    "system",
+    "tools",
+    "id",
+]
 
 _PREFERENCE_PROMPTS = ("prompt", "conversations", "messages", "question", "instruction")
 
 EXPECTED = (
-    "messages | conversations | instruction + output (or response) | prompt + completion | question + answer | text | "
-    "chosen + rejected"
+    "messages | conversations | instruction + output (or response) | prompt + completion | question + answer "
+    "| text | chosen + rejected; or name yours with data.columns"
 )
 
 ROLES = {

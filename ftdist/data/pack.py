@@ -17,7 +17,9 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else []
+    changes = np.ones(len(ordered), bool)
+    changes[1:] = ordered[1:] != ordered[:-1]
+    starts = np.flatnonzero(changes)
     bin_of = np.empty(len(lengths), np.int64)
     rooms: list[int] = []  # sorted: the rooms of which there is a bin
     with_room: dict[int, list[np.ndarray]] = {}

@@ -271,8 +271,8 @@ def _too_many_rejects(
         example = json.loads(file.readline())
     reasons = ", ".join(f"{reason} {n:,}" for reason, n in rejected.most_common(3))
     raise UserError(
-        f"data.max_rejects={most}: {total:,} of {seen:,} rows can't be used ({reasons}); the first: "
-        f"{example['file']} line {example['line']}: {example['reason']}: {_short(example['detail'])}; all: {kept}"
+        f"data.max_rejects={most}: {total:,} of {seen:,} rows can't be used ({reasons}); the first is "
+        f"{example['file']} line {example['line']}: {example['reason']} ({_short(example['detail'])}); all: {kept}"
     )
 
 

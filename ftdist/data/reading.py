@@ -100,7 +100,7 @@ class _Utf16Lines(io.RawIOBase):
     """UTF-16 and UTF-32 (told by their byte order mark) as UTF-8."""
 
     def __init__(self, stream: IO[bytes], encoding: str) -> None:
-        self._text = codecs.getreader(encoding)(stream, errors="replace")
+        self._text = codecs.getreader(encoding)(stream, "replace")
 
     def readable(self) -> bool:
         return True

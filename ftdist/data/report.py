@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ftdist.data.clean import load_rows, row_texts
+from ftdist.data.clean import FILTERS, load_rows, row_texts
 from ftdist.data.encode import TRAIN, VALIDATION
 from ftdist.data.text import SCRIPTS
 
@@ -38,7 +38,7 @@ def summarise(
     train, validation = sizes["train"], sizes["validation"]
     scripts = sum((c.scripts for c in rows.cleaned), np.zeros(len(SCRIPTS), np.int64))
     letters = max(int(scripts[1:].sum()), 1)
-    _write_dropped(rows, found, encoded, sources, work, folder / "dropped.jsonl")
+    _write_dropped(rows, found, encoded, sources, folder / "dropped.jsonl")
     summary: dict[str, Any] = {
         "rows_in": rows.seen,
         "rejected": sum(rows.rejected.values()),
@@ -73,6 +73,7 @@ def summarise(
         "template": {"origin": template["origin"], "keywords": template["keywords"]},
         "mask": laying.mask,
         "left_aside": left_aside,
+        "ignored_columns": sorted(set().union(*(c.ignored for c in rows.cleaned))),
         "notes": found.notes,
         "examples": {
             "duplicates_exact": _examples(found.exact, rows, sources, work),
@@ -82,7 +83,7 @@ def summarise(
         "fingerprint": key,
     }
     if laying.task == "dpo":
-        summary["preference"] = _preference(rows, encoded)
+        summary["preference"] = _preference(encoded)
     return summary
 
 
@@ -112,7 +113,7 @@ def _sources(
     return result
 
 
-def _preference(rows: Any, encoded: Any) -> dict[str, Any]:
+def _preference(encoded: Any) -> dict[str, Any]:
     """Length bias: a model can learn to write more instead of better."""
     parts = encoded.parts[encoded.side == TRAIN]
     chosen, rejected = parts[:, 1].astype(float), parts[:, 2].astype(float)
@@ -127,7 +128,7 @@ def _preference(rows: Any, encoded: Any) -> dict[str, Any]:
 def _examples(twins: Any, rows: Any, sources: list[Any], work: Path) -> list[dict[str, Any]]:
     result = []
     for i in range(min(_EXAMPLES, len(twins.later))):
-        pair = {"overlap": round(float(twins.overlap[i]), 3)}
+        pair: dict[str, Any] = {"overlap": round(float(twins.overlap[i]), 3)}
         for name, row in (("row", int(twins.later[i])), ("like", int(twins.earlier[i]))):
             where, text = _shown(row, rows, sources, work)
             pair |= {name: {"where": where, "text": text}}
@@ -144,7 +145,7 @@ def _shown(row: int, rows: Any, sources: list[Any], work: Path) -> tuple[str, st
     return where, text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
-def _write_dropped(rows: Any, found: Any, encoded: Any, sources: list[Any], work: Path, path: Path) -> None:
+def _write_dropped(rows: Any, found: Any, encoded: Any, sources: list[Any], path: Path) -> None:
     """A line for each usable row that was left out, with the reason and the row that it repeats."""
     reasons: list[tuple[int, str, int | None, float | None]] = []
     for reason, twins in (
@@ -155,8 +156,6 @@ def _write_dropped(rows: Any, found: Any, encoded: Any, sources: list[Any], work
         if twins is not None:
             for later, earlier, overlap in zip(*(part.tolist() for part in twins), strict=True):
                 reasons.append((later, reason, earlier, overlap))
-    from ftdist.data.clean import FILTERS
-
     reasons += [(int(r), FILTERS[rows.status[r] - 1], None, None) for r in np.flatnonzero(rows.status)]
     reasons += [(int(r), "overlong", None, None) for r in encoded.dropped]
     lines = np.concatenate([c.lines for c in rows.cleaned]) if rows.cleaned else np.zeros(0, np.uint32)
@@ -186,7 +185,7 @@ def words(prepared: Path) -> str:
         f"  near-duplicates   {r['duplicates_near']:>12,}",
         f"  contaminated      {r['contaminated']:>12,}",
         f"  too long          {r['overlong_dropped']:>12,}  {_list(r['overlong'])}",
-        f"train               {r['train']:>12,}  {r['tokens']:,} tokens, {r['supervised_share']:.1%} supervised",
+        f"train               {r['train']:>12,}  {r['tokens']:,} tokens, {r['supervised_share']:.1%} trained on",
         f"validation          {r['validation']:>12,}  {r['validation_tokens']:,} tokens",
         f"packed rows         {r['train_rows']:>12,}  of {r['max_length']:,} tokens, {r['fill']:.1%} full",
         f"tokens a sequence   {_list(r['token_lengths'])}",
@@ -195,6 +194,8 @@ def words(prepared: Path) -> str:
     ]
     if "preference" in r:
         out.append(f"preference          {_list(r['preference'])}")
+    if r["ignored_columns"]:
+        out.append(f"columns not read    {', '.join(r['ignored_columns'])}")
     out += [f"left aside          {name} (a test or held-out file)" for name in r["left_aside"]]
     out += [f"note                {note}" for note in r["notes"]]
     return "\n".join(out)

@@ -29,9 +29,9 @@ def show(prepared: Path, tokenizer_path: str, count: int, *, colour: bool | None
     }
 
     def piece(token: int, trained: bool) -> str:
-        text = tokenizer.decode([token])
+        text = str(tokenizer.decode([token]))
         if token in special:
-            text = tokenizer.convert_ids_to_tokens(token)
+            text = str(tokenizer.convert_ids_to_tokens(token))
         text = text.replace("\n", "↵\n") if text != "\n" else "↵\n"
         if not colour:
             return f"[{text}]" if trained else text

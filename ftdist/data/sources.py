@@ -12,7 +12,6 @@ from typing import Any
 from ftdist.data.formats import FORMATS
 from ftdist.errors import UserError
 
-
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 PACKERS = (".gz", ".zst")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
@@ -35,13 +34,14 @@ class Source:
     columns: dict[str, str]
 
 
-# --- which files -------------------------------------------------------------------------------------------------
+# --- which files ----------------------------------------------------------------------------------
 
 
 def find(named: str, *, key: str) -> tuple[list[Path], list[Path], list[Path]]:
     """(files, held-out files, test files left aside) of a file, a folder, a glob or a hub id.
 
-    Only in a folder or on the hub do names like `validation` and `test` decide. UserError names the key `key`.
+    Only in a folder or on the hub do names like `validation` and `test` decide. UserError names the key
+    `key`.
     """
     path = Path(named).expanduser()
     try:
@@ -55,7 +55,7 @@ def find(named: str, *, key: str) -> tuple[list[Path], list[Path], list[Path]]:
             f"{key}={named}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from None
     if glob.has_magic(named):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))  # noqa: PTH207  (absolute too)
         files = [p for p in found if p.is_file()]
         if not files:
             raise UserError(f"{key}={named}: the pattern matches no file; check it with `ls {named}`")
@@ -121,7 +121,7 @@ def _download(named: str, key: str) -> Path:
         ) from None
 
 
-# --- what the user names → sources ---
+# --- what the user names → sources ----------------------------------------------------------------
 
 
 def chosen(
@@ -186,5 +186,3 @@ def chosen(
             f"data.path: {double[0]} is named twice; for more weight use {{path: {double[0]}, weight: 2}}"
         )
     return sources, aside
-
-

@@ -1,12 +1,12 @@
 """Chat templates: a conversation → its text, and where in that text every assistant turn lies.
 
-A template says nothing of where a turn begins and ends unless it has `{% generation %}` tags, so the places are found
-in one of three ways, each verified against the text that the template really renders:
+A template says nothing of where a turn begins and ends unless it has `{% generation %}` tags, so the places
+are found in one of three ways, each verified against the text that the template really renders:
  1. the template's own `{% generation %}` tags;
- 2. a skeleton: the template is rendered once per pattern of roles with marks in place of the contents; filled with a
-    row's contents it must equal that row's rendering, character for character;
+ 2. a skeleton: the template is rendered once per pattern of roles with marks in place of the contents;
+    filled with a row's contents it must equal that row's rendering, character for character;
  3. prefixes: what the template renders for the messages before a turn must be the beginning of the whole.
-When none is exact, `Unsegmentable` is raised: no training on tokens that are only probably the answer's.
+    When none is exact, `Unsegmentable` is raised: no training on tokens that are only probably the answer's.
 """
 
 from __future__ import annotations
@@ -102,15 +102,18 @@ def choose(named: str, *, tokenizer_template: Any, adds_bos: bool) -> tuple[str,
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A rendering with a hole for each message: pieces[0] hole pieces[1] hole …, and how each hole is trimmed."""
+    """A rendering with a hole for each message: pieces[0] hole pieces[1] hole … Hole k is filled by message
+    `order[k]`, trimmed as `trims[k]` says (left, right)."""
 
     pieces: tuple[str, ...]
+    order: tuple[int, ...]
     trims: tuple[tuple[bool, bool], ...]
 
 
 @dataclass(frozen=True)
 class Closing:
-    """What ends an assistant's turn: `text` from the content's end on, `special` when it ends with a special token."""
+    """What ends an assistant's turn: `text` from the content's end on, `special` when it ends with a
+    special token."""
 
     text: str
     special: str | None
@@ -135,7 +138,8 @@ class Template:
     # --- rendering
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
-        """The text; with `prompt` it ends where the assistant is to go on. Reject when the template refuses."""
+        """The text; with `prompt` it ends where the assistant is to go on. Reject when the template
+        refuses."""
         return self._render(messages, tools, prompt=prompt, tags=False)[0]
 
     def _render(
@@ -145,7 +149,7 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
                 chat_template=self.text,
@@ -157,10 +161,12 @@ class Template:
             raise UserError(f"data.chat_template: not a valid Jinja template ({error}); repair it") from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise Reject("template refuses the row", str(error)) from None
+        texts, spans = rendered
         return texts[0], spans[0] if tags else []
 
     def check_texts(self, messages: list[dict[str, Any]]) -> None:
-        """Reject a row whose text would be read as a special token: it could end a turn in the middle of an answer."""
+        """Reject a row whose text would be read as a special token: it could end a turn in the middle of
+        an answer."""
         for message in messages:
             found = self._special.search(message["content"])
             if found:
@@ -196,13 +202,13 @@ class Template:
                 raise Unsegmentable(f"{len(spans)} generation blocks for {len(turns)} assistant turns")
             return text, [(start, self._with_closing(text, start, end)) for start, end in spans]
         text = self.render(messages, tools)
-        spans = self._by_skeleton(text, messages, tools, turns)
-        if spans is None:
-            spans = [self._by_prefix(text, messages, tools, i) for i in turns]
+        found = self._by_skeleton(text, messages, tools, turns)
+        if found is None:
+            found = [self._by_prefix(text, messages, tools, i) for i in turns]
             self._check_complete(text, messages, tools)
-        if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+        if any(a[1] > b[0] for a, b in zip(found, found[1:], strict=False)):
             raise Unsegmentable("turns overlap")
-        return text, spans
+        return text, found
 
     def ends_special(self, text: str, span: Span) -> bool:
         """Whether the span's end is a special token, one that the model can stop at."""
@@ -230,16 +236,19 @@ class Template:
         if skeleton is None:
             return None
         parts = [skeleton.pieces[0]]
-        for message, (left, right), piece in zip(messages, skeleton.trims, skeleton.pieces[1:], strict=True):
-            content = message["content"]
+        for index, (left, right), piece in zip(
+            skeleton.order, skeleton.trims, skeleton.pieces[1:], strict=True
+        ):
+            content = messages[index]["content"]
             content = content.lstrip() if left else content
             parts += [content.rstrip() if right else content, piece]
         if "".join(parts) != text:
             return None
         spans, at = [], 0
         for number, part in enumerate(parts):
-            if number % 2 and number // 2 in turns:
-                # what the template puts between the generation prompt and the answer is the model's to say as well
+            if number % 2 and skeleton.order[number // 2] in turns:
+                # what the template puts between the generation prompt and the answer is the model's to say
+                # as well
                 before = parts[number - 1]
                 found = before.rfind(self._header) if self._header else -1
                 start = at - (len(before) - found - len(self._header)) if found >= 0 else at
@@ -263,15 +272,17 @@ class Template:
             )
         except Reject:
             return None
+        if any(bare.count(mark) != 1 or padded.count(mark) != 1 for mark in marks):
+            return None
+        order = sorted(range(len(marks)), key=lambda i: bare.index(marks[i]))
         pieces, trims, at = [], [], 0
-        for mark in marks:
-            place = bare.find(mark, at)
-            if place < 0 or bare.count(mark) != 1 or padded.count(mark) != 1:
-                return None
+        for index in order:
+            mark = marks[index]
+            place = bare.index(mark)
             pieces.append(bare[at:place])
             at = place + len(mark)
             trims.append((f"{pad}{mark}" not in padded, f"{mark}{pad}" not in padded))
-        return _Skeleton((*pieces, bare[at:]), tuple(trims))
+        return _Skeleton((*pieces, bare[at:]), tuple(order), tuple(trims))
 
     def _find_header(self) -> str:
         """What the generation prompt adds to a conversation that ends with the user."""
@@ -313,9 +324,11 @@ class Template:
         return start, end + len(self.closing.text) if text.startswith(self.closing.text, end) else end
 
     def _place(self, text: str, content: str, at: int) -> Span:
+        """Where the answer is shown from `at` on, with no more than a turn's header before it."""
         for shown in (content, content.rsplit("</think>", 1)[-1].strip()):
             place = text.find(shown, at) if shown else -1
-            if place >= 0 and not self._special.search(text[at:place].replace(self._header, "")):
+            marks = len(self._special.findall(text[at:place])) if place >= 0 else 0
+            if place >= 0 and marks <= len(self._special.findall(self._header)):
                 return place, place + len(shown)
         raise Unsegmentable("an answer is not in the text as it was given")
 

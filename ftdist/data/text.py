@@ -1,8 +1,9 @@
-"""Texts as numbers, many at once: words, n-grams, MinHash bands, scripts. All numpy over code points, no Python loop
-over words, because this is what a million rows spend their time in.
+"""Texts as numbers, many at once: words, n-grams, MinHash bands, scripts. All numpy over code points, no
+Python loop over words, because this is what a million rows spend their time in.
 
-A word is a run of letters, digits and marks (ZWNJ inside a Persian word included), compared without case. A letter
-of a script that is written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) is a word by itself.
+A word is a run of letters, digits and marks (ZWNJ inside a Persian word included), compared without case. A
+letter of a script that is written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) is a word by
+itself.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Words:
-    """Words of several texts: `hashes` (u64) in order, text t's are hashes[bounds[t]:bounds[t+1]]; `scripts` counts
-    letters, shape (texts, len(SCRIPTS))."""
+    """Words of several texts: `hashes` (u64) in order, text t's are hashes[bounds[t]:bounds[t+1]];
+    `scripts` counts letters, shape (texts, len(SCRIPTS))."""
 
     hashes: np.ndarray
     bounds: np.ndarray
@@ -146,8 +147,8 @@ def words(texts: list[str]) -> Words:
 
 
 def ngrams(found: Words, n: int, *, short: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes u64, text index int32) of all word n-grams. `short`: a text with 1 … n-1 words gives one n-gram of all
-    its words, else none."""
+    """(hashes u64, text index int32) of all word n-grams. `short`: a text with 1 … n-1 words gives one
+    n-gram of all its words, else none."""
     hashes, bounds = found.hashes, found.bounds
     counts = np.diff(bounds)
     row = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -176,8 +177,8 @@ def ngrams(found: Words, n: int, *, short: bool) -> tuple[np.ndarray, np.ndarray
 
 @dataclass(frozen=True)
 class Shingles:
-    """Sets of 32-bit shingle hashes: text t's set, sorted, is hashes[bounds[t]:bounds[t+1]]; `repeated` is the share
-    of a text's shingles that occurred before in it."""
+    """Sets of 32-bit shingle hashes: text t's set, sorted, is hashes[bounds[t]:bounds[t+1]]; `repeated`
+    is the share of a text's shingles that occurred before in it."""
 
     hashes: np.ndarray
     bounds: np.ndarray
@@ -204,7 +205,8 @@ def shingles(found: Words, n: int) -> Shingles:
 
 @lru_cache(maxsize=4)
 def permutations(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(a, b) of `count` bijections h → a·h + b modulo 2**32 of already mixed hashes; fixed for ever: the seed is ours."""
+    """(a, b) of `count` bijections h → a·h + b modulo 2**32 of already mixed hashes; fixed for ever: the
+    seed is ours."""
     random = np.random.Generator(np.random.PCG64(20240229))
     a = random.integers(0, 1 << 32, count, dtype=np.uint32) | np.uint32(1)
     return a, random.integers(0, 1 << 32, count, dtype=np.uint32)
@@ -224,7 +226,8 @@ def signatures(sets: Shingles, count: int) -> np.ndarray:
 
 
 def bands(signature: np.ndarray, count: int, rows: int) -> np.ndarray:
-    """Locality-sensitive bucket of each text in each band, shape (count, texts), uint64. Uses count·rows permutations."""
+    """Locality-sensitive bucket of each text in each band, shape (count, texts), uint64. Uses count·rows
+    permutations."""
     coefficients = _powers(0xC2B2AE3D27D4EB4F, 64 if rows <= 64 else rows)
     result = np.zeros((count, signature.shape[1]), U64)
     for k in range(count):

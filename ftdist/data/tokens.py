@@ -24,8 +24,9 @@ def freeze_tokenizer(
     keywords: dict[str, Any],
     to: Path,
 ) -> dict[str, Any]:
-    """Loads the tokenizer once, with transformers, and writes what the processes need into folder `to`: the fast
-    tokenizer (`tokenizer.json`) and `template.json`. Returns the latter. UserError when it can't be used."""
+    """Loads the tokenizer once, with transformers, and writes what the processes need into folder `to`:
+    the fast tokenizer (`tokenizer.json`) and `template.json`. Returns the latter. UserError when it can't
+    be used."""
     from transformers import AutoTokenizer
 
     try:
@@ -89,7 +90,8 @@ def load_frozen(folder: Path) -> Frozen:
 
 @dataclass(frozen=True)
 class Laid:
-    """A row as text: `spans` are trained on (characters); with `append_eos` one more token follows and is trained on."""
+    """A row as text: `spans` are trained on (characters); with `append_eos` one more token follows and is
+    trained on."""
 
     text: str
     spans: list[Span]
@@ -174,7 +176,8 @@ def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndar
 
 
 def pair_tokens(row: dict[str, Any], frozen: Frozen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(prompt, chosen, rejected) ids of a preference row. prompt + chosen is the tokenization of their joint text."""
+    """(prompt, chosen, rejected) ids of a preference row. prompt + chosen is the tokenization of their
+    joint text."""
     template, tools = frozen.template, row.get("tools")
     asked = template.render(row["prompt"], tools, prompt=True)
     joint = []

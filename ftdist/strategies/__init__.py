@@ -35,6 +35,16 @@ class Base:
     storage: str  # in which 4-bit weights are stored: uint8, or `dtype` where the engine shards weights
     measured: bool  # False while planning: `prepare` has not run, only the number of trained weights matters
 
+    def nf4(self, double_quantization: bool) -> dict[str, Any]:
+        """Keyword arguments of BitsAndBytesConfig for 4-bit NormalFloat weights (Dettmers et al. 2023, section 3)."""
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": double_quantization,
+            "bnb_4bit_compute_dtype": self.dtype,
+            "bnb_4bit_quant_storage": self.storage,
+        }
+
 
 @dataclass(frozen=True)
 class Recipe:

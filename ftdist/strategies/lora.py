@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from ftdist.strategies import Base, Recipe
+from ftdist.errors import UserError
+from ftdist.strategies import Base, Recipe, spectrum
 
 
 def recipe(
-    base: Base,  # noqa: ARG001  (the contract's one argument; nothing to decide from it)
+    base: Base,
     *,
     r: Annotated[int, Field(ge=1)],
     alpha: Annotated[float, Field(gt=0)],
     dropout: Annotated[float, Field(ge=0, lt=1)],
-    target_modules: str | list[str],
+    targets: str | list[str],
+    top_percent: float | None,
+    scan: str | None,
     use_rslora: bool,
     use_dora: bool,
 ) -> Recipe:
     """Adapters of rank `r` on the target modules; the base is frozen."""
+    if targets == "spectrum":
+        modules: str | list[str] = spectrum.modules(base, scan, top_percent)
+    elif top_percent is not None or scan is not None:
+        raise UserError("strategy.top_percent, strategy.scan: only read with strategy.targets=spectrum; set it or leave them out")
+    else:
+        modules = targets
     return Recipe(
         peft={
             "peft_type": "LORA",
@@ -27,8 +37,19 @@ def recipe(
             "r": r,
             "lora_alpha": alpha,
             "lora_dropout": dropout,
-            "target_modules": target_modules,
+            "target_modules": modules,
             "use_rslora": use_rslora,
             "use_dora": use_dora,
         }
+    )
+
+
+def prepare(
+    model_path: str, output: Path, processes: int, *, targets: str | list[str], scan: str | None
+) -> dict[str, Any]:
+    """Scan the weights before any rank starts, if adapters go where the SNR is best."""
+    if targets != "spectrum" or scan is not None:
+        return {}
+    return spectrum.prepare(
+        model_path, output, processes, parameters=None, scan=None, threshold="reference", group_experts=True
     )

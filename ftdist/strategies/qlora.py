@@ -8,6 +8,9 @@ from typing import Annotated
 from pydantic import Field
 
 from ftdist.strategies import Base, Recipe, lora
+from ftdist.strategies.lora import prepare
+
+__all__ = ["prepare", "recipe"]
 
 
 def recipe(
@@ -16,7 +19,9 @@ def recipe(
     r: Annotated[int, Field(ge=1)],
     alpha: Annotated[float, Field(gt=0)],
     dropout: Annotated[float, Field(ge=0, lt=1)],
-    target_modules: str | list[str],
+    targets: str | list[str],
+    top_percent: float | None,
+    scan: str | None,
     use_rslora: bool,
     use_dora: bool,
     double_quantization: bool,
@@ -27,19 +32,10 @@ def recipe(
         r=r,
         alpha=alpha,
         dropout=dropout,
-        target_modules=target_modules,
+        targets=targets,
+        top_percent=top_percent,
+        scan=scan,
         use_rslora=use_rslora,
         use_dora=use_dora,
     )
-    return replace(adapters, quantization=nf4(base, double_quantization))
-
-
-def nf4(base: Base, double_quantization: bool) -> dict[str, object]:
-    """Keyword arguments of BitsAndBytesConfig for 4-bit NormalFloat weights."""
-    return {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": double_quantization,
-        "bnb_4bit_compute_dtype": base.dtype,
-        "bnb_4bit_quant_storage": base.storage,
-    }
+    return replace(adapters, quantization=base.nf4(double_quantization))

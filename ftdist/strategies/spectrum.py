@@ -10,7 +10,8 @@ from ftdist.spectrum.formats import Entry, Scan
 from ftdist.spectrum.names import heads, is_scanned, module_name, module_type
 from ftdist.spectrum.select import load_parameter_list, load_scan, select
 from ftdist.strategies import Base, Recipe
-from ftdist.strategies.qlora import nf4
+
+USUAL_PERCENT = 25.0  # the paper's cheaper setting
 
 
 def recipe(
@@ -31,10 +32,8 @@ def recipe(
     if parameters is not None:
         names = _listed(parameters, base)
     else:
-        if scan is None and base.measured:
-            raise UserError("strategy.scan=null: this run has no scan to select by; start it with ftdist train")
         names = select(
-            scan=_even(base, group_experts) if scan is None else load_scan(Path(scan).expanduser()),
+            scan=_scan(base, scan, group_experts),
             shapes=base.shapes,
             top_percent=top_percent,
             types=types,
@@ -45,8 +44,24 @@ def recipe(
         ).names
     if base_bits is None:
         return Recipe(trainable=names)
-    whole = sorted({module_name(name) for name in (*names, *heads(base.shapes))})
-    return Recipe(quantization=nf4(base, True) | {"llm_int8_skip_modules": whole}, trainable=names)
+    # A tied head has no parameter of its own, but a module that must not be quantised.
+    whole = sorted({"lm_head", *(module_name(name) for name in (*names, *heads(base.shapes)))})
+    return Recipe(quantization=base.nf4(True) | {"llm_int8_skip_modules": whole}, trainable=names)
+
+
+def modules(base: Base, scan: str | None, top_percent: float | None) -> list[str]:
+    """The linear modules with the best SNR of their type, for adapters: no norms, no embeddings, no head."""
+    chosen = select(
+        scan=_scan(base, scan, True),
+        shapes=base.shapes,
+        top_percent=USUAL_PERCENT if top_percent is None else top_percent,
+        types="all",
+        embeddings=False,
+        head=False,
+        norms=False,
+        trainable_budget=None,
+    )
+    return sorted(module_name(name) for name in chosen.names)
 
 
 def prepare(
@@ -87,6 +102,14 @@ def _listed(parameters: str | list[str], base: Base) -> frozenset[str]:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)
             raise UserError(f"strategy.parameters={name}: the model has no such parameter; did you mean {near[0]}?")
     return frozenset(known[name] for name in parameters)
+
+
+def _scan(base: Base, scan: str | None, group_experts: bool) -> Scan:
+    if scan is not None:
+        return load_scan(Path(scan).expanduser())
+    if base.measured:
+        raise UserError("strategy.scan=null: this run has no scan to select by; start it with ftdist train")
+    return _even(base, group_experts)
 
 
 def _even(base: Base, group_experts: bool) -> Scan:

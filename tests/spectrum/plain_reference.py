@@ -1,11 +1,12 @@
 """The Spectrum algorithm as plainly as it can be written: the peer of the tests and of the benchmark.
 
 The whole model in float32, `torch.linalg.svdvals` of every weight, as the reference tool (QuixiAI/spectrum) does.
-As a program: `python plain_reference.py MODEL_DIR OUT.json` scans a model with transformers.
+As a program: `python plain_reference.py MODEL_DIR OUT.json`; a directory without a config.json is taken as tensors.
 """
 
 import json
 import math
+import os
 import sys
 
 
@@ -50,6 +51,13 @@ def selected(scan, percent):
 
 def main(model_dir, output):
     import torch
+
+    if not os.path.exists(f"{model_dir}/config.json"):
+        from safetensors.torch import load_file
+
+        weights = {name: weight.float() for name, weight in load_file(f"{model_dir}/model.safetensors").items()}
+        write(scan_tensors(weights), output)
+        return
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, low_cpu_mem_usage=True)
@@ -58,6 +66,10 @@ def main(model_dir, output):
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.ndim in (1, 2):
             found[name] = {"snr": snr_of(weight), "type": type_of(name)}
+    write(found, output)
+
+
+def write(found, output):
     with open(output, "w") as stream:
         json.dump(found, stream, indent=1)
 

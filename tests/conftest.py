@@ -1,0 +1,215 @@
+"""Fixtures that every room may use: a cache of the tests' own, tiny models, a little data, the real console script."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+FTDIST = str(Path(sysconfig.get_path("scripts")) / "ftdist")
+REPOSITORY = Path(__file__).parents[1]
+SEED = 7
+ROWS = 120  # of the chat file, before the split
+LAYERS = 4
+LAUNCHED = ("SLURM_", "ACCELERATE_", "TORCHELASTIC_", "WANDB_", "HYDRA_", "FTDIST_")
+RANKED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is left of a process."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def run_dir(self):
+        """The directory that a run names in its last line."""
+        last = self.stdout.splitlines()[-1]
+        assert last.startswith("run: "), self
+        return Path(last.removeprefix("run: "))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A directory of this session alone, the same for all xdist workers."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def environment(shared):
+    """Variables for every process that a test starts: one thread, no GPU, no network, no launcher around, own cache."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHED) and k not in RANKED}
+    return kept | {
+        "FTDIST_CACHE": str(shared / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_MODE": "offline",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def start(environment):
+    """Starts a command in a session of its own, output piped; whatever is left of it at the end is killed."""
+    started = []
+
+    def start(*command, cwd, env=()):
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=cwd,
+            env=environment | dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        stop(process)
+
+
+def stop(process):
+    """Kill a process and its group, if there is anything left to kill."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def execute(start, shared):
+    """Runs a command to its end. A test that hangs fails here."""
+
+    def execute(*command, cwd=None, env=(), timeout=300):
+        process = start(*command, cwd=cwd or shared, env=env)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            # SIGTERM first: `ftdist` then stops its ranks, which live in a session of their own
+            process.terminate()
+            try:
+                stdout, stderr = process.communicate(timeout=30)
+            finally:
+                stop(process)
+            pytest.fail(f"{command} did not end within {timeout} s\n{stdout}\n{stderr}")
+        return Finished(process.returncode, stdout, stderr)
+
+    return execute
+
+
+@pytest.fixture(scope="session")
+def run(execute):
+    """`run("plan", "strategy=lora")`: the real console script, from its words to its exit status."""
+
+    def run(*words, **kwargs):
+        return execute(FTDIST, *words, **kwargs)
+
+    return run
+
+
+def published(target, make):
+    """`target`, filled by `make(directory)` if no other worker has done it: there whole or not at all."""
+    if not target.is_dir():
+        draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        draft.mkdir(parents=True)
+        make(draft)
+        try:
+            draft.rename(target)
+        except OSError:
+            shutil.rmtree(draft)
+            assert target.is_dir()
+    return target
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer(shared):
+    """The directory of the demo model, whose tokenizer the tiny models share."""
+    from ftdist import demo
+
+    return demo.model(shared / "demo", SEED)
+
+
+@pytest.fixture(scope="session")
+def save_tiny(shared, demo_tokenizer):
+    """`save_tiny(name, config)`: a directory with a seeded float32 model of that configuration and a tokenizer."""
+
+    def save_tiny(name, config):
+        def make(directory):
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            torch.manual_seed(SEED)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(demo_tokenizer / file, directory)
+
+        return published(shared / name, make)
+
+    return save_tiny
+
+
+@pytest.fixture(scope="session")
+def sizes(demo_tokenizer):
+    """Keyword arguments of a tiny model's configuration."""
+    config = json.loads((demo_tokenizer / "config.json").read_text())
+    return {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        **{key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+
+
+@pytest.fixture(scope="session")
+def model(save_tiny, sizes):
+    """A tiny Llama with grouped-query attention."""
+    from transformers import LlamaConfig
+
+    return save_tiny("llama", LlamaConfig(**sizes))
+
+
+@pytest.fixture(scope="session")
+def chat(shared):
+    """A JSONL file of short chats; no two are alike."""
+
+    def make(directory):
+        from ftdist import demo
+
+        lines = [json.dumps({"messages": row["messages"]}) for row in demo.rows(SEED)[:ROWS]]
+        (directory / "chat.jsonl").write_text("\n".join(lines) + "\n")
+
+    return published(shared / "chat", make) / "chat.jsonl"
+
+
+@pytest.fixture(scope="session")
+def small(model, chat):
+    """Overrides of the smallest run that still learns: float32, constant rate, nothing tracked."""
+    return (
+        f"model.path={model}",
+        f"data.path={chat}",
+        "train.max_length=64",
+        "train.bf16=false",
+        "train.warmup_steps=0",
+        "train.lr_scheduler_type=constant",
+        "tracking=none",
+    )
