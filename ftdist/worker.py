@@ -68,6 +68,9 @@ def train(run_dir: Path) -> None:
     if counted != plan["trainable_parameters"]:
         raise RuntimeError(f"{counted:,} parameters would be trained, the plan has {plan['trainable_parameters']:,}")
 
+    if plan["stage"] and trainer.accelerator.distributed_type.value != "DEEPSPEED":
+        raise RuntimeError("the launcher's environment keeps DeepSpeed out (unset ACCELERATE_USE_CPU)")
+
     finish = None
     if main:
         log, finish = tracking.start(run_dir, config)

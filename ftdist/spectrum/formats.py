@@ -52,13 +52,9 @@ def load_scan(path: Path) -> Scan:
     except OSError as failure:
         raise UserError(f"{path}: cannot be read ({failure.strerror}); make a scan with `ftdist scan`")
     except ValueError as failure:
-        raise UserError(
-            f"{path}: not JSON ({failure}); give a scan as `ftdist scan` or the Spectrum tool writes it"
-        )
+        raise UserError(f"{path}: not JSON ({failure}); give a scan as `ftdist scan` or the Spectrum tool writes it")
     if not isinstance(content, dict) or not content:
-        raise UserError(
-            f"{path}: holds no scan; expected {{module: {{snr, type}}}} or {{type: {{module: snr}}}}"
-        )
+        raise UserError(f"{path}: holds no scan; expected {{module: {{snr, type}}}} or {{type: {{module: snr}}}}")
     entries: list[Entry] = []
     for key, value in content.items():
         if isinstance(value, dict) and "snr" in value and "type" in value:
@@ -67,9 +63,7 @@ def load_scan(path: Path) -> Scan:
         elif isinstance(value, dict):
             entries.extend(_entry(path, module, key, snr, None) for module, snr in value.items())
         else:
-            raise UserError(
-                f"{path}: {key} holds {value!r}; expected {{snr, type}}, or a type with {{module: snr}}"
-            )
+            raise UserError(f"{path}: {key} holds {value!r}; expected {{snr, type}}, or a type with {{module: snr}}")
     seen: set[str] = set()
     for entry in entries:
         if entry.module in seen:
@@ -122,15 +116,11 @@ def load_parameter_list(path: Path, shapes: Mapping[str, Shape]) -> frozenset[st
             and names.is_head(names.module_name(line.strip("^$").replace("\\.", ".")))
             and not names.heads(shapes)
         ):
-            matched = tuple(
-                names.embeddings(shapes)
-            )  # the head is the embedding: the file was made for any model
+            matched = tuple(names.embeddings(shapes))  # the head is the embedding: the file was made for any model
         if not matched:
             matched = tuple(name for name in shapes if name.startswith(f"{line}."))
         if not matched:
-            near = difflib.get_close_matches(
-                line, [names.module_name(name) for name in shapes], n=1, cutoff=0
-            )
+            near = difflib.get_close_matches(line, [names.module_name(name) for name in shapes], n=1, cutoff=0)
             raise UserError(f"{path}: {line} matches no parameter of the model; the nearest is {near[0]}")
         found.update(matched)
     return frozenset(found)
@@ -142,13 +132,10 @@ def _lines(path: Path) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as failure:
-        raise UserError(
-            f"{path}: cannot be read ({failure.strerror}); give a YAML file with unfrozen_parameters"
-        )
+        raise UserError(f"{path}: cannot be read ({failure.strerror}); give a YAML file with unfrozen_parameters")
     except yaml.YAMLError as failure:
         raise UserError(
-            f"{path}: not YAML ({' '.join(str(failure).split())[:120]}); expected unfrozen_parameters: "
-            "[names]"
+            f"{path}: not YAML ({' '.join(str(failure).split())[:120]}); expected unfrozen_parameters: [names]"
         )
     if isinstance(content, dict):
         content = content.get("unfrozen_parameters")

@@ -37,9 +37,7 @@ def heat_map(path: Path, *, selection: Selection) -> Path:
                 continue
             shade = _shade(value, finite)
             face = colours(shade) if shade is not None else "0.85"
-            axes.add_patch(
-                Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="white", linewidth=0.5)
-            )
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="white", linewidth=0.5))
             ink = "black" if shade is None or shade > 0.55 else "white"
             axes.text(x, y, _short(value), ha="center", va="center", fontsize=5.5, color=ink)
     for kind, number in chosen:

@@ -86,9 +86,7 @@ def tensors(model_dir: Path) -> dict[str, Stored]:
 
 
 def _quantised(model_dir: Path, why: str) -> UserError:
-    return UserError(
-        f"model.path={model_dir}: quantised ({why}); scan the unquantised model that it was made of"
-    )
+    return UserError(f"model.path={model_dir}: quantised ({why}); scan the unquantised model that it was made of")
 
 
 def shards(model_dir: Path) -> list[Path]:
@@ -119,9 +117,7 @@ def _indexed(index: Path) -> list[Path]:
         present = {name for file in files for name in _header(file)}
         lost = sorted(set(weight_map) - present)
         if lost:
-            raise UserError(
-                f"{index}: puts {lost[0]} into {weight_map[lost[0]]}, which lacks it; download it again"
-            )
+            raise UserError(f"{index}: puts {lost[0]} into {weight_map[lost[0]]}, which lacks it; download it again")
     return files
 
 
@@ -151,9 +147,7 @@ def _header(file: Path) -> dict[str, Stored]:
             header: dict[str, Any] = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             found = {
-                name: Stored(
-                    name, tuple(entry["shape"]), entry["dtype"], file, 8 + length + entry["data_offsets"][0]
-                )
+                name: Stored(name, tuple(entry["shape"]), entry["dtype"], file, 8 + length + entry["data_offsets"][0])
                 for name, entry in header.items()
             }
             end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -186,9 +180,7 @@ def _bin(file: Path, changed: int) -> dict[str, Any]:  # noqa: ARG001  a part of
         reason = " ".join(str(failure).split())[:120] or type(failure).__name__
         raise UserError(f"{file}: not a whole file of plain weights ({reason}); convert it to safetensors")
     if not isinstance(loaded, dict):
-        raise UserError(
-            f"{file}: holds a {type(loaded).__name__}, not named weights; convert the model to safetensors"
-        )
+        raise UserError(f"{file}: holds a {type(loaded).__name__}, not named weights; convert the model to safetensors")
     return loaded
 
 

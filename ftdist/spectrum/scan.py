@@ -53,9 +53,7 @@ def scan(
     model_dir = reader.find(model_path, revision)
     weights = {n: t for n, t in reader.tensors(model_dir).items() if names.is_scanned(n, t.shape)}
     if not any(len(tensor.shape) > 1 for tensor in weights.values()):
-        raise UserError(
-            f"model.path={model_path}: has no 2-D weights, there is nothing to scan; give a language model"
-        )
+        raise UserError(f"model.path={model_path}: has no 2-D weights, there is nothing to scan; give a language model")
     rank, world = launched_as()
     key = reader.content_key(reader.shards(model_dir), rank=rank, world=world)
     results = cache_root() / "spectrum" / key / f"v{_VERSION}"
@@ -198,9 +196,7 @@ def _until(ready: Any, what: str, progress: Any = lambda: 0) -> None:
         if progress() != last:
             since, last = time.monotonic(), progress()
         if time.monotonic() - since > _STALL:
-            raise RuntimeError(
-                f"scan: waited {_STALL:.0f} s for {what}; a rank is gone, or FTDIST_CACHE is not shared"
-            )
+            raise RuntimeError(f"scan: waited {_STALL:.0f} s for {what}; a rank is gone, or FTDIST_CACHE is not shared")
         time.sleep(0.5)
 
 
@@ -255,9 +251,7 @@ def _progress(results: Path, weights: dict[str, Stored]) -> Iterator[None]:
             part, count = share()
             spent = time.monotonic() - start
             left = (
-                f"{_duration(spent / (part - at_start) * (1 - part))} left"
-                if part > at_start
-                else "time left unknown"
+                f"{_duration(spent / (part - at_start) * (1 - part))} left" if part > at_start else "time left unknown"
             )
             line = f"scan: {count} of {len(weights)} weights, {part:.0%} of the work, {left}"
             print(f"\r{line:<70}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)

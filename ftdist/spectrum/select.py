@@ -168,9 +168,7 @@ def _units(scan: Scan, shapes: Mapping[str, Shape], notes: list[str]) -> list[_U
         if parameters:
             members[parameters].append(entry)
         elif not (tied and names.is_head(entry.module)):
-            near = difflib.get_close_matches(
-                entry.module, [names.module_name(n) for n in shapes], n=1, cutoff=0
-            )
+            near = difflib.get_close_matches(entry.module, [names.module_name(n) for n in shapes], n=1, cutoff=0)
             nearest = f"; the nearest is {near[0]}" if near else ""
             raise UserError(f"{scan.path}: a scan of another model: this one has no {entry.module}{nearest}")
     _check_shapes(scan, members, shapes)
@@ -185,9 +183,7 @@ def _units(scan: Scan, shapes: Mapping[str, Shape], notes: list[str]) -> list[_U
             shared += len(entries)
             module = names.module_name(parameters[0])
             mean = sum(entry.snr for entry in entries) / len(entries)
-            units.append(
-                _Unit(module, names.module_type(module, group_experts=True), mean, parameters, is_norm)
-            )
+            units.append(_Unit(module, names.module_type(module, group_experts=True), mean, parameters, is_norm))
     if shared:
         notes.append(
             f"{shared} expert matrices lie in {sum(len(e) > 1 for e in members.values())} tensors of the "
@@ -200,9 +196,7 @@ def _units(scan: Scan, shapes: Mapping[str, Shape], notes: list[str]) -> list[_U
     return units
 
 
-def _check_shapes(
-    scan: Scan, members: Mapping[tuple[str, ...], list[Entry]], shapes: Mapping[str, Shape]
-) -> None:
+def _check_shapes(scan: Scan, members: Mapping[tuple[str, ...], list[Entry]], shapes: Mapping[str, Shape]) -> None:
     for parameters, entries in members.items():
         wanted = shapes[parameters[0]]
         if len(entries) == 1 and entries[0].shape not in (None, wanted):
@@ -219,9 +213,7 @@ def _check_shapes(
             )
 
 
-def _check_complete(
-    scan: Scan, members: Mapping[tuple[str, ...], list[Entry]], shapes: Mapping[str, Shape]
-) -> None:
+def _check_complete(scan: Scan, members: Mapping[tuple[str, ...], list[Entry]], shapes: Mapping[str, Shape]) -> None:
     """Every module of a scanned type must be in the scan: one of 16 layers must not select from 32."""
     found = {parameters[0] for parameters in members}
     kinds = {names.module_type(names.module_name(name), group_experts=True) for name in found}
@@ -245,9 +237,7 @@ def _ranked(units: list[_Unit], types: Literal["all"] | list[str], norms: bool) 
                 raise UserError(f"strategy.types={kind}: not in the scan; its types are {', '.join(by_type)}")
         by_type = defaultdict(list, {kind: by_type[kind] for kind in by_type if kind in types})
     if not by_type:
-        raise UserError(
-            "strategy.types: the scan has no type that can be selected from; scan the model again"
-        )
+        raise UserError("strategy.types: the scan has no type that can be selected from; scan the model again")
     for members in by_type.values():
         members.sort(key=lambda unit: (math.isnan(unit.snr), -unit.snr, names.natural_order(unit.name)))
     return dict(by_type)
@@ -286,10 +276,7 @@ def _ties(kind: str, members: list[_Unit], count: int) -> list[str]:
     value = members[count].snr
     tied = [unit for unit in members if unit.snr == value]
     taken = sum(unit.snr == value for unit in members[:count])
-    return [
-        f"{kind}: {len(tied)} modules tie at SNR {value:g}; the first {taken} in the order of the layers "
-        "are taken"
-    ]
+    return [f"{kind}: {len(tied)} modules tie at SNR {value:g}; the first {taken} in the order of the layers are taken"]
 
 
 def _percentage(

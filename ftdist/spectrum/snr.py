@@ -28,13 +28,9 @@ Threshold = Literal["reference", "marchenko_pastur"]
 THRESHOLDS: tuple[Threshold, ...] = ("reference", "marchenko_pastur")
 TOLERANCE = 1e-6  # relative, of the SNR
 _EPSILON = 2.0**-52
-_PANEL = (
-    512  # rows of the Gram matrix that are updated at once: half the work of the whole square is left out
-)
+_PANEL = 512  # rows of the Gram matrix that are updated at once: half the work of the whole square is left out
 
-Slices = Callable[
-    [], Iterator["torch.Tensor"]
-]  # float64 pieces (any length × short side) of a matrix, anew each time
+Slices = Callable[[], Iterator["torch.Tensor"]]  # float64 pieces (any length × short side) of a matrix, anew each time
 
 
 class NotFinite(ValueError):
@@ -100,9 +96,7 @@ def _measured(values: torch.Tensor, delta: float, shape: tuple[int, int]) -> dic
     return measured | {"largest": float(values[0])}
 
 
-def _ratio(
-    values: torch.Tensor, delta: float, shape: tuple[int, int], threshold: Threshold
-) -> dict[str, Any]:
+def _ratio(values: torch.Tensor, delta: float, shape: tuple[int, int], threshold: Threshold) -> dict[str, Any]:
     """SNR at a threshold and a bound on its relative error, where eigenvalues are off by up to `delta`."""
     import torch
 
@@ -114,9 +108,7 @@ def _ratio(
     if largest == 0.0 or (noise == 0.0 and not bool(is_signal.all())):
         snr = math.inf
     else:
-        snr = (
-            signal / (noise if noise else 1.0) / largest
-        )  # today's reference tool: no noise at all counts as 1
+        snr = signal / (noise if noise else 1.0) / largest  # today's reference tool: no noise at all counts as 1
     unsure = values[(values - place).abs() <= errors + off]
     # A value within rounding of the threshold may be on either side; exact zeros are noise on every account.
     moved = float(unsure.sum()) if delta else 0.0
@@ -129,9 +121,7 @@ def _ratio(
     return {"snr": snr, "threshold": place, "signal_values": int(is_signal.sum()), "error_bound": bound}
 
 
-def reference_threshold(
-    values: torch.Tensor, errors: torch.Tensor, shape: tuple[int, int]
-) -> tuple[float, float]:
+def reference_threshold(values: torch.Tensor, errors: torch.Tensor, shape: tuple[int, int]) -> tuple[float, float]:
     """The reference tool's threshold and how far it can be off."""
     low, high = _quantile(values, 0.25), _quantile(values, 0.75)
     factor = (1 + math.sqrt(min(shape) / max(shape))) / 1.349

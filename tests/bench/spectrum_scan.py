@@ -1,15 +1,17 @@
 """Spectrum scan: time and peak memory beside a plain implementation, and what each threshold makes of known signal.
 
-    python tests/bench/spectrum_scan.py checkpoint [-n 3]   shapes of Llama-3.2-1B, two layers, random bfloat16 weights
-    python tests/bench/spectrum_scan.py matrix [-n 3]       one weight of 4096 × 14336 (an 8B model's down_proj)
-    python tests/bench/spectrum_scan.py edge                planted signals: values above each threshold
+    python tests/bench/spectrum_scan.py checkpoint    shapes of Llama-3.2-1B, random bfloat16 weights, two layers
+    python tests/bench/spectrum_scan.py matrix        one weight of 4096 × 14336 (an 8B model's down_proj)
+    python tests/bench/spectrum_scan.py edge          planted signals: values above each threshold
 
 The peer is `tests/spectrum/plain_reference.py`: the reference tool's algorithm as it stands, the whole model in
 float32 and `torch.linalg.svdvals`. Every cell is a process of its own that begins with `import torch`; memory is the
-largest sum of resident pages over the process and its children, looked at every 20 ms.
+largest sum of resident pages over the process and its children, looked at every 20 ms. "others" is the share of the
+machine that other programs used meanwhile: seconds count only where it is small; `--patient` repeats a cell until then.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -32,20 +34,20 @@ if __name__ == "__main__":
 IMPORT = "import torch, transformers; transformers.AutoModelForCausalLM"
 
 
-def write_checkpoint(directory):
-    """Random weights in the shapes of Llama-3.2-1B with two of its sixteen layers; embedding and head are one tensor."""
+def write_checkpoint(directory, layers):
+    """Random weights in the shapes of Llama-3.2-1B with some of its sixteen layers; embedding and head are tied."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=64, vocab_size=128256, tie_word_embeddings=True,
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
 
 
-def write_matrix(directory):
+def write_matrix(directory, layers):  # noqa: ARG001  no layers in one matrix
     import torch
     from safetensors.torch import save_file
 
@@ -54,71 +56,86 @@ def write_matrix(directory):
     save_file({"model.layers.0.mlp.down_proj.weight": weight}, directory / "model.safetensors")
 
 
-def measured(command, environment, cores=None):
-    """(seconds, processor seconds, peak MB) of a command with its children."""
+def measured(command, environment, cores):
+    """(seconds, processor seconds, peak MB, processor share of other programs) of a command with its children."""
     import psutil
 
-    start, peak = time.monotonic(), 0
-    before = os.times()
+    def busy():
+        now = psutil.cpu_times()
+        return now.user + now.nice + now.system + now.irq + now.softirq
+
+    own, machine, start, peak = os.times(), busy(), time.monotonic(), 0
     bind = (lambda: os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))) if cores else None
     process = subprocess.Popen(command, env=os.environ | environment, preexec_fn=bind, stderr=subprocess.DEVNULL)
     family = psutil.Process(process.pid)
     while process.poll() is None:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             peak = max(peak, sum(p.memory_info().rss for p in [family, *family.children(recursive=True)]))
-        except psutil.NoSuchProcess:
-            pass
         time.sleep(0.02)
     assert process.returncode == 0, f"{command} ended with status {process.returncode}"
     seconds, after = time.monotonic() - start, os.times()
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
-    return seconds, spent, peak / 2**20
+    spent = after.children_user + after.children_system - own.children_user - own.children_system
+    return seconds, spent, peak / 2**20, max(0.0, busy() - machine - spent) / (seconds * os.cpu_count())
 
 
-def compare(kind, repeats, device):
+def compare(kind, repeats, device, layers, skip_plain, patient):
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         model.mkdir()
-        code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'bench')!r}); import spectrum_scan as b, pathlib; "
-        code += f"b.write_{kind}(pathlib.Path(sys.argv[1]))"
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import spectrum_scan, pathlib; "
+        code += f"spectrum_scan.write_{kind}(pathlib.Path(sys.argv[1]), {layers})"
         subprocess.run([sys.executable, "-c", code, str(model)], check=True, stderr=subprocess.DEVNULL)
-        cells = {
-            "imports alone": [sys.executable, "-c", IMPORT],
-            "plain reference": [sys.executable, str(PLAIN), str(model), f"{folder}/plain.json"],
-        }
-        for processes in (1, 2):
-            cells[f"ours, {processes} processes"] = [
-                sys.executable, "-c", OURS, str(model), f"{folder}/ours.json", str(processes), device]  # fmt: skip
-        cells["ours, 1 process on 1 core"] = cells["ours, 1 processes"]
+        plain = [sys.executable, str(PLAIN), str(model), f"{folder}/plain.json"]
+        ours = [sys.executable, "-c", OURS, str(model), f"{folder}/ours.json"]
+        cells = {"imports alone": ([sys.executable, "-c", IMPORT], None)}
+        if not skip_plain:
+            cells |= {"plain, 1 core": (plain, 1), "plain, all cores": (plain, None)}
+        cells |= {"ours, 1 process, 1 core": ([*ours, "1", device], 1)}
+        cells |= {"ours, 1 process, all cores": ([*ours, "1", device], None)}
+        if kind == "checkpoint":
+            cells |= {"ours, 2 processes": ([*ours, "2", device], None)}
         rows = {name: [] for name in cells}
         for _ in range(repeats):
-            for name, command in cells.items():
-                with tempfile.TemporaryDirectory() as cache:
-                    cores = 1 if name.endswith("1 core") else None
-                    rows[name].append(measured(command, {"FTDIST_CACHE": cache}, cores))
-                    print(f"  {name}: {rows[name][-1][0]:.1f} s", file=sys.stderr)
+            for name, (command, cores) in cells.items():
+                for _ in range(20 if patient else 1):
+                    with tempfile.TemporaryDirectory() as cache:
+                        found = measured(command, {"FTDIST_CACHE": cache}, cores)
+                    print(f"  {name}: {found[0]:.1f} s, others {found[3]:.0%}", file=sys.stderr, flush=True)
+                    if found[3] < 0.1:
+                        break
+                rows[name].append(found)
         report(rows)
-        largest_difference(json.loads(Path(f"{folder}/plain.json").read_text()), json.loads(Path(f"{folder}/ours.json").read_text()))
+        if not skip_plain:
+            largest_difference(*(json.loads(Path(f"{folder}/{who}.json").read_text()) for who in ("plain", "ours")))
 
 
 def report(rows):
     middle = {name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in rows.items()}
-    plain, base = middle["plain reference"], middle["imports alone"][2]
-    print(f"{'':28}{'seconds (min … max)':>26}{'cpu s':>9}{'peak MB':>9}{'faster':>9}{'memory':>9}{'above imports':>15}")
-    for name, (seconds, spent, peak) in middle.items():
+    base = middle["imports alone"][2]
+    print(f"{'':28}{'seconds (min … max)':>26}{'cpu s':>9}{'peak MB':>9}{'above imports':>15}{'others':>8}")
+    for name, (seconds, spent, peak, others) in middle.items():
         spread = f"{seconds:.1f} ({min(r[0] for r in rows[name]):.1f} … {max(r[0] for r in rows[name]):.1f})"
-        ratios = "" if name == "imports alone" else (
-            f"{plain[0] / seconds:>8.1f}x{peak / plain[2]:>9.2f}{(peak - base) / (plain[2] - base):>15.2f}"
-        )  # fmt: skip
-        print(f"{name:28}{spread:>26}{spent:>9.1f}{peak:>9.0f}{ratios}")
-    one, two = middle["ours, 1 process on 1 core"][0], middle["ours, 2 processes"][0]
-    print(f"two processes against one, a core each: {one / two:.2f}x;  n={len(rows['plain reference'])}")
+        print(f"{name:28}{spread:>26}{spent:>9.1f}{peak:>9.0f}{peak - base:>15.0f}{others:>8.0%}")
+
+    def ratio(slow, fast, column=0):
+        return middle[slow][column] / middle[fast][column]
+
+    if "plain, 1 core" in middle:
+        faster = [ratio(f"plain, {n}", f"ours, 1 process, {n}") for n in ("1 core", "all cores")]
+        print(f"faster than plain: {faster[0]:.1f}x on one core, {faster[1]:.1f}x on all, one process each")
+        memory = ratio("ours, 1 process, all cores", "plain, all cores", 2)
+        above = (middle["ours, 1 process, all cores"][2] - base) / (middle["plain, all cores"][2] - base)
+        print(f"peak memory against plain: {memory:.2f}; above the imports that both need: {above:.2f}")
+    if "ours, 2 processes" in middle:
+        print(f"two processes against one, a core each: {ratio('ours, 1 process, 1 core', 'ours, 2 processes'):.2f}x")
+    print(f"n={len(rows['imports alone'])}, medians")
 
 
 def largest_difference(plain, ours):
     shared = [name for name in ours if name in plain]
     worst = max(shared, key=lambda name: abs(ours[name]["snr"] / plain[name]["snr"] - 1))
-    print(f"largest relative difference of {len(shared)} SNRs: {abs(ours[worst]['snr'] / plain[worst]['snr'] - 1):.1e} ({worst})")
+    difference = abs(ours[worst]["snr"] / plain[worst]["snr"] - 1)
+    print(f"largest relative difference of {len(shared)} SNRs: {difference:.1e} ({worst})")
 
 
 def edge():
@@ -128,7 +145,7 @@ def edge():
     from ftdist.spectrum import snr
 
     torch.manual_seed(0)
-    print(f"{'shape':>14}{'planted':>9}{'reference':>11}{'marchenko_pastur':>18}")
+    print(f"{'shape':>14}{'planted':>9}{'reference':>13}{'marchenko_pastur':>18}")
     for rows, columns in ((512, 512), (2048, 2048), (512, 2048), (1024, 4096), (256, 8192), (4096, 1024)):
         for planted in (0, 8):
             weight = 0.02 * torch.randn(rows, columns, dtype=torch.float64)
@@ -140,13 +157,19 @@ def edge():
             found = snr.measure(lambda tall=tall: iter([tall]), (rows, columns))
             counts = [found[name]["signal_values"] for name in snr.THRESHOLDS]
             of = min(rows, columns)
-            print(f"{f'{rows} × {columns}':>14}{planted:>9}{f'{counts[0]} ({counts[0] / of:.0%})':>11}{counts[1]:>18}")
+            print(f"{f'{rows} × {columns}':>14}{planted:>9}{f'{counts[0]} ({counts[0] / of:.0%})':>13}{counts[1]:>18}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["checkpoint", "matrix", "edge"])
     parser.add_argument("-n", type=int, default=3, help="repetitions of every cell")
+    parser.add_argument("--layers", type=int, default=2, help="of the checkpoint")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our scan; the peer uses the CPU")
+    parser.add_argument("--skip-plain", action="store_true", help="without the peer")
+    parser.add_argument("--patient", action="store_true", help="repeat a cell while other programs use a tenth or more")
     given = parser.parse_args()
-    edge() if given.what == "edge" else compare(given.what, given.n, given.device)
+    if given.what == "edge":
+        edge()
+    else:
+        compare(given.what, given.n, given.device, given.layers, given.skip_plain, given.patient)

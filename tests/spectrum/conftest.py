@@ -44,8 +44,9 @@ def build(kind):
         "tied": lambda: hf.Gemma2Config(**SMALL, head_dim=8),
         "phi3": lambda: hf.Phi3Config(**SMALL),
         "mixtral": lambda: hf.MixtralConfig(**SMALL, num_local_experts=3),
-        "stacked": lambda: hf.GptOssConfig(**SMALL, num_local_experts=3, head_dim=8, rope_parameters={
-            "rope_type": "default", "rope_theta": 10000.0}),
+        "stacked": lambda: hf.GptOssConfig(
+            **SMALL, num_local_experts=3, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+        ),
         "biased": lambda: hf.Qwen2Config(**SMALL),
     }
     torch.manual_seed(0)

@@ -304,8 +304,8 @@ def test_quantised_checkpoint(checkpoint, tmp_path):
     (model / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     assert "quantised" in refused(model, tmp_path)
     (model / "config.json").unlink()
-    name = "model.layers.0.mlp.up_proj.weight"
-    save_file(weights_of(checkpoint("llama")) | {name: torch.ones(8, 8, dtype=torch.uint8)}, model / "model.safetensors")
+    packed = {"model.layers.0.mlp.up_proj.weight": torch.ones(8, 8, dtype=torch.uint8)}
+    save_file(weights_of(checkpoint("llama")) | packed, model / "model.safetensors")
     assert "quantised" in refused(model, tmp_path)
     save_file({"a.qweight": torch.ones(8, 8, dtype=torch.int32)}, model / "model.safetensors")
     assert "quantised" in refused(model, tmp_path)
@@ -350,5 +350,3 @@ def test_a_snapshot_of_the_hub_is_read_from_its_cache(checkpoint, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run("someone/small", tmp_path / "snr.json")
     assert (tmp_path / "snr.json").read_text() == run(checkpoint("llama"), tmp_path / "b.json").read_text()
-
-

@@ -40,8 +40,8 @@ def llama(layers=32, hidden=4096, inner=14336, kv=1024, vocab=128256, tied=False
 
 
 def choose(scan, shapes, **changes):
-    keys = {"top_percent": 50, "types": "all", "embeddings": True, "head": True, "norms": True, "trainable_budget": None}
-    return select(scan=scan, shapes=shapes, **keys | changes)
+    keys = {"top_percent": 50, "types": "all", "trainable_budget": None}
+    return select(scan=scan, shapes=shapes, **keys | dict.fromkeys(("embeddings", "head", "norms"), True) | changes)
 
 
 def made(values, kind="mlp.up_proj"):
@@ -294,7 +294,8 @@ def listed(tmp_path, text, shapes=None):
 
 
 def test_parameter_lists(tmp_path):
-    assert listed(tmp_path, "unfrozen_parameters:\n- model.layers.1.mlp.up_proj\n") == {"model.layers.1.mlp.up_proj.weight"}
+    one = {"model.layers.1.mlp.up_proj.weight"}
+    assert listed(tmp_path, "unfrozen_parameters:\n- model.layers.1.mlp.up_proj\n") == one
     assert listed(tmp_path, "- model.norm.weight\n- ^model.layers.1[01].mlp.up\n") == {
         "model.norm.weight", "model.layers.10.mlp.up_proj.weight", "model.layers.11.mlp.up_proj.weight"
     }  # fmt: skip
