@@ -18,6 +18,7 @@ from ftdist.strategies import Base, Recipe, find, preparation
 
 GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "eval", "tracking")
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
+BF16_CAPABILITY = 8.0  # Ampere, the first GPUs with bfloat16
 RECOMPUTE_ABOVE = 1_000_000_000  # parameters; below, activations are small beside what a GPU holds
 FILES = {
     "config.yaml": "the resolved configuration",
@@ -46,7 +47,7 @@ def check(config: dict[str, Any]) -> None:
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
     schema.check("task", config["task"], _task)
     schema.check("eval", config["eval"], settings)
-    schema.check("cluster", config["cluster"], launcher.processes)
+    schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
     schema.check("engine", config["engine"], launcher.engine_function(config["engine"].get("name")))
     schema.check("tracking", config["tracking"], tracking.function(config["tracking"].get("name")))
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
@@ -62,9 +63,7 @@ def model_keys(*, path: str, architecture: dict[str, Any] | None) -> None:
     """The keys of `model` that the plan reads."""
 
 
-def plan(
-    config: dict[str, Any], rows: int | None = None, examples: int | None = None, measured: bool = False
-) -> Plan:
+def plan(config: dict[str, Any], rows: int | None = None, examples: int | None = None, measured: bool = False) -> Plan:
     """What would run, with the arithmetic. Loads no torch, no weights, no data; `config` was completed by `decide`.
 
     rows: of the prepared training split, packed ones where packing is on; examples: before packing;
@@ -72,11 +71,14 @@ def plan(
     """
     from ftdist.plan.advice import advice
     from ftdist.plan.batch import batch_arithmetic
+    from ftdist.plan.examples import count as count_rows
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
-    train, engine = config["train"], config["engine"]["name"]
-    count = launcher.processes(**config["cluster"])
+    if examples is None:
+        examples = count_rows(config["data"]["path"])
+    train, engine, gpu = config["train"], config["engine"]["name"], launcher.gpu()
+    count = launcher.processes(**config["cluster"], here=False)
     available, kind = launcher.devices()
     shapes = shapes_of(config["model"])
     total = shapes.total
@@ -97,13 +99,14 @@ def plan(
         attn_implementation=config["model"]["attn_implementation"],
         engine=engine,
         stage=stage,
-        offload=engine in ("zero3_offload", "zero3_nvme"),
+        offload=engine in ("zero3_offload", "zero3_nvme")
+        or any(key.startswith("offload_") for key in config["engine"].get("zero", ())),
         nvme_path=config["engine"].get("nvme_path"),
         here=config["cluster"]["name"] == "local",
         processes=count,
         nodes=config["cluster"]["nodes"],
         gpu=kind == "GPU",
-        gpu_has_bf16=None,
+        gpu_has_bf16=None if gpu is None else gpu[1] >= BF16_CAPABILITY,
         optim=train["optim"],
         bf16=bool(train["bf16"]),
         fp16=bool(train.get("fp16")),
@@ -130,7 +133,7 @@ def plan(
         "total_parameters": total,
         "trainable_parameters": sum(by_type.values()),
         "trainable_by_type": by_type,
-        "data": [str(path) for path in _listed(config["data"]["path"])],
+        "data": _named(config["data"]["path"], examples),
         "task": config["task"]["name"],
         "strategy": config["strategy"]["name"],
         "engine": engine,
@@ -149,7 +152,7 @@ def plan(
             parameters=total,
             processes=count,
             nodes=config["cluster"]["nodes"],
-            device_bytes=None,
+            device_bytes=None if gpu is None else gpu[0],
         ),
         "stage": stage,
         "storage": storage(stage, dtype),
@@ -167,11 +170,12 @@ def decide(config: dict[str, Any]) -> None:
     """Check every key, then fill what was left to the program: precision, recomputation, the run directory's name."""
     check(config)
     train = config["train"]
-    gpu = launcher.devices()[1] == "GPU"
+    gpu = launcher.gpu()
     if train["bf16"] is None:
-        train["bf16"] = not train.get("fp16") and (gpu or _cpu_has_bf16())
+        has_bf16 = gpu[1] >= BF16_CAPABILITY if gpu else _cpu_has_bf16()
+        train["bf16"] = not train.get("fp16") and has_bf16
     if train["gradient_checkpointing"] is None:
-        train["gradient_checkpointing"] = gpu and shapes_of(config["model"]).total > RECOMPUTE_ABOVE
+        train["gradient_checkpointing"] = gpu is not None and shapes_of(config["model"]).total > RECOMPUTE_ABOVE
     if config["run_dir"] is None:
         config["run_dir"] = rundir.fresh_name(config["model"]["path"], config["strategy"]["name"])
 
@@ -179,8 +183,8 @@ def decide(config: dict[str, Any]) -> None:
 def run(config: dict[str, Any]) -> Path:
     """Plan, prepare, freeze, launch and evaluate one configuration; the finished run directory."""
     decide(config)
+    count = launcher.processes(**config["cluster"], here=True)
     plan(config)  # refuses what cannot work before anything is made
-    count = launcher.processes(**config["cluster"])
     run_dir = Path(config["run_dir"]).expanduser().absolute()
     with rundir.claimed(run_dir):
         freeze(config, run_dir)
@@ -251,9 +255,7 @@ def shapes_of(model: dict[str, Any]) -> Shapes:
 def recipe_of(config: dict[str, Any], shapes: Shapes, measured: bool) -> Recipe:
     """What the strategy answers for this model and engine."""
     dtype = precision(config["train"])
-    base = Base(
-        shapes.architecture.parameters, dtype, storage(stage_of(config["engine"]["name"]), dtype), measured
-    )
+    base = Base(shapes.architecture.parameters, dtype, storage(stage_of(config["engine"]["name"]), dtype), measured)
     function = find(config["strategy"]["name"])
     return function(base, **schema.pick(function, config["strategy"]))
 
@@ -273,8 +275,10 @@ def precision(train: dict[str, Any]) -> str:
     return "bfloat16" if train["bf16"] else "float16" if train.get("fp16") else "float32"
 
 
-def _listed(path: Any) -> list[Any]:
-    return path if isinstance(path, list) else [path]
+def _named(path: Any, examples: int | None) -> list[str]:
+    parts = path if isinstance(path, list) else [path]
+    names = [str(part["path"] if isinstance(part, dict) else part) for part in parts]
+    return names if examples is None else [*names, f"{examples:,} rows"]
 
 
 def _cpu_has_bf16() -> bool:

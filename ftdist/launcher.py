@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +28,7 @@ def torch_engine(*, name: Literal["single", "ddp"]) -> None:
     """One process, or DistributedDataParallel: torch alone, no DeepSpeed file."""
 
 
-def zero_engine(
-    *, name: Literal["zero1", "zero2", "zero3", "zero3_offload"], zero: dict[str, Any]
-) -> dict[str, Any]:
+def zero_engine(*, name: Literal["zero1", "zero2", "zero3", "zero3_offload"], zero: dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed file of an engine, with the user's own keys for its `zero_optimization` section."""
     return _deepspeed(name, zero)
 
@@ -59,13 +60,23 @@ def engine_function(name: Any) -> Any:
 
 def devices() -> tuple[int, str]:
     """How many devices this machine offers, and of which kind (`GPU`, `CPU core`). No driver is loaded."""
+    found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)] if os.path.isdir("/dev") else []
-    if found and visible is None:
-        return len(found), "GPU"
-    if found and visible:
-        return len([part for part in visible.split(",") if part.strip()]), "GPU"
+    count = len(found) if visible is None else len([part for part in visible.split(",") if part.strip()])
+    if found and count:
+        return count, "GPU"
     return len(os.sched_getaffinity(0)), "CPU core"
+
+
+@functools.cache
+def gpu() -> tuple[int, float] | None:
+    """Bytes of memory and compute capability of this machine's smallest GPU; None without one."""
+    query = ["nvidia-smi", "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    if devices()[1] != "GPU" or shutil.which(query[0]) is None:
+        return None
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    rows = [line.split(",") for line in answer.splitlines() if re.fullmatch(r"\s*\d+,\s*[\d.]+\s*", line)]
+    return min(((int(memory) << 20, float(capability)) for memory, capability in rows), default=None)
 
 
 def processes(
@@ -74,21 +85,22 @@ def processes(
     nodes: Annotated[int, Field(ge=1)],
     processes: Literal["auto"] | Annotated[int, Field(ge=1)],
     oversubscribe: bool,
+    here: bool,
 ) -> int:
-    """Processes on each node. UserError for more of them than devices, or more nodes than this cluster has."""
-    if name == "outside":  # somebody else started the processes; their number is a fact
-        assert processes != "auto"
-        return processes
-    if nodes > 1:
-        raise UserError(f"cluster.nodes={nodes}: cluster={name} is one machine; start one launcher on every node with "
-                        "accelerate launch --num_machines … -m ftdist.train")  # fmt: skip
+    """Processes on each node; `auto`: one for each GPU, one without.
+
+    here: they are to start on this machine now; UserError for more processes than devices, or more nodes than one.
+    """
     count, kind = devices()
-    if processes == "auto":
-        return count if kind == "GPU" else 1
-    if processes > count and not oversubscribe:
-        raise UserError(f"cluster.processes={processes}: this machine has {count} devices ({kind}s); use at most "
-                        f"{count}, or cluster.oversubscribe=true")  # fmt: skip
-    return processes
+    wanted = (count if kind == "GPU" else 1) if processes == "auto" else processes
+    if here and name == "local":
+        if nodes > 1:
+            raise UserError(f"cluster.nodes={nodes}: cluster=local is one machine; use sbatch slurm/train.sbatch, or start "
+                            "accelerate launch --num_machines … -m ftdist.train on every node")  # fmt: skip
+        if wanted > count and not oversubscribe:
+            raise UserError(f"cluster.processes={wanted}: this machine has {count} devices ({kind}s); use at most "
+                            f"cluster.processes={count}, or cluster.oversubscribe=true")  # fmt: skip
+    return wanted
 
 
 def accelerate_file(engine: str, count: int, deepspeed_file: Path) -> dict[str, Any]:
@@ -161,7 +173,7 @@ def first_error(run_dir: Path) -> dict[str, Any]:
             "log": str(log), "status": FAILED}  # fmt: skip
 
 
-def _interrupt(number: int, frame: Any) -> None:
+def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -169,14 +181,8 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     """Ask the whole session to stop, then make it."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once
             child.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
-        except KeyboardInterrupt:  # a second Ctrl-C: at once
-            pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()

@@ -29,9 +29,7 @@ def pick(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, A
     return {name: values[name] for name in keys_of(function) if name in values}
 
 
-def check(
-    group: str, values: Mapping[str, Any], *functions: FunctionType, context: Collection[str] = ()
-) -> None:
+def check(group: str, values: Mapping[str, Any], *functions: FunctionType, context: Collection[str] = ()) -> None:
     """UserError names the first key of `values` that no function takes, that is missing, or of a wrong type.
 
     Types and limits come from the annotations (pydantic's `Field` in `Annotated`), defaults from the YAML files.

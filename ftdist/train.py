@@ -60,7 +60,9 @@ def frozen(argv: list[str]) -> Path:
     engine, deepspeed = _engine()
     chosen = [word for word in argv if word.startswith("engine=")]
     if chosen and chosen != [f"engine={engine}"]:
-        raise UserError(f"{chosen[0]}: the launcher was started for {engine}; leave it out or use launch/{chosen[0][7:]}.yaml")
+        raise UserError(
+            f"{chosen[0]}: the launcher was started for {engine}; leave it out or use launch/{chosen[0][7:]}.yaml"
+        )
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     given = {"engine": engine, "cluster": "outside", "cluster.nodes": world // local, "cluster.processes": local}
     words = [word for word in argv if word.split("=")[0] not in given]
@@ -75,7 +77,9 @@ def frozen(argv: list[str]) -> Path:
         job.freeze(config, run_dir)
         if deepspeed is not None:  # the launcher's own file is the one that counts
             shutil.copyfile(deepspeed, run_dir / "deepspeed.json")
-        rundir.write_yaml(run_dir / "accelerate.yaml", launcher.accelerate_file(engine, local, run_dir / "deepspeed.json"))
+        rundir.write_yaml(
+            run_dir / "accelerate.yaml", launcher.accelerate_file(engine, local, run_dir / "deepspeed.json")
+        )
     return run_dir
 
 

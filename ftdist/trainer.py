@@ -51,7 +51,9 @@ class TokenTrainer(Trainer):
         self.packing = packing
         self.kind = "dft" if loss_type == "dft" else "nll"
         self.head = Head(model, self.args.label_smoothing_factor, self.kind)
-        forward = inspect.signature(model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward)
+        forward = inspect.signature(
+            model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+        )
         self.takes_positions = "position_ids" in forward.parameters
         self.examined = False
         self.tokens = 0  # on this rank, padding not counted
@@ -117,7 +119,9 @@ class TokenTrainer(Trainer):
                         print("loss: from the full logits (this architecture changes them after its output head)")
             if self.packing:
                 packed = self._forward(model, ids[None], torch.cat([line, line])[None]).float()[0, half:]
-                mixed = self._forward(model, ids[None], torch.arange(2 * half, device=ids.device)[None]).float()[0, half:]
+                mixed = self._forward(model, ids[None], torch.arange(2 * half, device=ids.device)[None]).float()[
+                    0, half:
+                ]
                 leak, contamination = (packed - apart[1]).abs().max(), (mixed - apart[1]).abs().max()
                 if not self._all_agree(bool(leak <= 0.25 * contamination + 1e-5)):
                     raise UserError(

@@ -37,16 +37,12 @@ class Sequences:
         self.side = np.concatenate([e.side for e in encoded] or [empty])
         self.trained = np.concatenate([e.trained for e in encoded] or [empty])
         self.parts = np.concatenate([e.parts for e in encoded] or [empty.reshape(0, 3)])
-        self.row = np.concatenate([e.rows + bases[i] for i, e in enumerate(encoded)] or [empty]).astype(
-            np.int64
-        )
+        self.row = np.concatenate([e.rows + bases[i] for i, e in enumerate(encoded)] or [empty]).astype(np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[:-1]
         self.overlong: Counter[str] = Counter()
         for e in encoded:
             self.overlong.update(e.overlong)
-        self.dropped = np.concatenate(
-            [e.dropped + bases[i] for i, e in enumerate(encoded)] or [empty]
-        ).astype(np.int64)
+        self.dropped = np.concatenate([e.dropped + bases[i] for i, e in enumerate(encoded)] or [empty]).astype(np.int64)
 
 
 def encode(rows: Rows, found: Found, laying: Laying, work: Path, made: Path, processes: Pool) -> Sequences:

@@ -47,9 +47,7 @@ class FileHashes:
                 digest.update(chunk)
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise UserError(
-                f"data.path={path}: the file changed while it was read; start again when it is whole"
-            )
+            raise UserError(f"data.path={path}: the file changed while it was read; start again when it is whole")
         if time.time_ns() - before.st_mtime_ns > _GRAIN_NS:
             self._known[str(path)] = [*identity, digest.hexdigest()]
             self._changed = True

@@ -152,11 +152,7 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
         said.append(row_texts(row))
 
     count = len(rows)
-    keys = (
-        np.frombuffer(b"".join(map(content_key, rows)), U64).reshape(count, 2)
-        if rows
-        else np.zeros((0, 2), U64)
-    )
+    keys = np.frombuffer(b"".join(map(content_key, rows)), U64).reshape(count, 2) if rows else np.zeros((0, 2), U64)
     ids = np.zeros(count, U64)
     for i, row in enumerate(rows):
         if row["id"] is not None:
@@ -183,9 +179,7 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
     )
 
 
-def _measure(
-    rules: Rules, folder: Path, index: int, said: list[tuple[str, str]]
-) -> tuple[np.ndarray, np.ndarray]:
+def _measure(rules: Rules, folder: Path, index: int, said: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
     """(share of repeated shingles, letters by script) a row; writes shingles, band hashes and n-grams of
     the block."""
     sets, bounds, buckets, repeated, scripts = [], [np.zeros(1, np.int64)], [], [], []
@@ -193,9 +187,7 @@ def _measure(
     start, at = 0, 0
     while start < len(said):
         stop, size = start, 0
-        while stop < len(said) and (
-            size == 0 or size + len(said[stop][0]) + len(said[stop][1]) < _TEXT_BATCH
-        ):
+        while stop < len(said) and (size == 0 or size + len(said[stop][0]) + len(said[stop][1]) < _TEXT_BATCH):
             size += len(said[stop][0]) + len(said[stop][1]) + 2
             stop += 1
         found = texts.words([f"{a}\n{b}" for a, b in said[start:stop]])
@@ -241,9 +233,7 @@ def _write_partitions(stem: Path, hashes: np.ndarray, owners: np.ndarray) -> Non
     np.save(stem.with_suffix(".at.npy"), np.concatenate([[0], np.cumsum(counts)]))
 
 
-def _filter(
-    rules: Rules, said: list[tuple[str, str]], repeated: np.ndarray, scripts: np.ndarray
-) -> np.ndarray:
+def _filter(rules: Rules, said: list[tuple[str, str]], repeated: np.ndarray, scripts: np.ndarray) -> np.ndarray:
     status = np.zeros(len(said), np.uint8)
 
     def drop(reason: str, which: np.ndarray) -> None:

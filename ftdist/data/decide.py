@@ -148,9 +148,7 @@ def decide(
     progress.done()
     if not (found.side == TRAIN).any():
         left = "" if not len(mine) else " (all that was left shares text with the validation rows)"
-        raise UserError(
-            f"data.path: no training row is left after cleaning{left}; see data.* filters and duplicates"
-        )
+        raise UserError(f"data.path: no training row is left after cleaning{left}; see data.* filters and duplicates")
     return found
 
 

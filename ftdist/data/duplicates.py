@@ -204,10 +204,7 @@ def contaminated(
     np.save(folder / "bases.npy", bases)
     total = sum(np.load(folder / f"ngrams-{b}.at.npy")[-1] for b in blocks)
     together = max(1, int(PARTITIONS * _TASK_ENTRIES // max(total, 1)))
-    tasks = [
-        (folder, blocks, p, min(p + together, PARTITIONS), boilerplate)
-        for p in range(0, PARTITIONS, together)
-    ]
+    tasks = [(folder, blocks, p, min(p + together, PARTITIONS), boilerplate) for p in range(0, PARTITIONS, together)]
     rows, with_rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for found, other in pool.map(shared_ngrams, tasks):
         rows.append(found)
@@ -226,9 +223,7 @@ def shared_ngrams(task: tuple[Path, list[int], int, int, int]) -> tuple[np.ndarr
         at = np.load(folder / f"ngrams-{block}.at.npy")
         part = slice(at[first], at[last])
         hashes.append(np.load(folder / f"ngrams-{block}.hash.npy", mmap_mode="r")[part])
-        owners.append(
-            np.load(folder / f"ngrams-{block}.row.npy", mmap_mode="r")[part].astype(np.int64) + bases[number]
-        )
+        owners.append(np.load(folder / f"ngrams-{block}.row.npy", mmap_mode="r")[part].astype(np.int64) + bases[number])
     grams, rows = np.concatenate(hashes), np.concatenate(owners)
     of = side[rows]
     evaluation = np.unique(grams[of == 1])

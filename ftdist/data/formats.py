@@ -308,11 +308,7 @@ def _text(value: Any, name: str, *, empty_ok: bool = False) -> str:
         value = json.dumps(value)
     elif value is None:
         raise Reject("null value", f"{name} is null")
-    elif (
-        isinstance(value, list)
-        and value
-        and all(isinstance(p, dict) and p.get("type") == "text" for p in value)
-    ):
+    elif isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
         value = "".join(_text(part.get("text"), name, empty_ok=True) for part in value)
     elif not isinstance(value, str):
         raise Reject("wrong type", f"{name} is a {type(value).__name__}, not text")
@@ -330,11 +326,7 @@ def _as_messages(value: Any, role: str, name: str) -> list[dict[str, Any]]:
     """A string, one message or a list of messages → messages."""
     if isinstance(value, dict):
         value = [value]
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value)
-    ):
+    if isinstance(value, list) and value and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value):
         return _messages(value, name)
     return [_message(role, _text(value, name))]
 
@@ -352,9 +344,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
     for number, item in enumerate(value):
         if not isinstance(item, dict):
-            raise Reject(
-                "wrong type", f"message {number} of {name} is a {type(item).__name__}, not an object"
-            )
+            raise Reject("wrong type", f"message {number} of {name} is a {type(item).__name__}, not an object")
         said = item.get("role", item.get("from"))
         role = ROLES.get(said.lower()) if isinstance(said, str) else None
         if role is None:
@@ -370,9 +360,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
                 content = ""
             # tools may return nothing and a system prompt may be left empty; people and models must say
             # something
-            text = _text(
-                content, f"message {number} of {name}", empty_ok=has_calls or role in ("tool", "system")
-            )
+            text = _text(content, f"message {number} of {name}", empty_ok=has_calls or role in ("tool", "system"))
             if role == "system" and not text.strip():
                 continue
             message = _message(role, text)

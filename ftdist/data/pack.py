@@ -48,9 +48,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
                 count = -(-len(members) // each)
                 free = np.arange(bins, bins + count)
                 bins += count
-            each = (
-                room // length
-            )  # one bin is filled up before the next of the same room: it is the fuller one
+            each = room // length  # one bin is filled up before the next of the same room: it is the fuller one
             full, rest = divmod(len(members), each)
             used = min(len(free), full + (rest > 0))
             taken = min(len(members), used * each)

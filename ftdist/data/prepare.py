@@ -28,9 +28,7 @@ from ftdist.errors import UserError
 _SMALL = 8 << 20  # bytes of input below which processes cost more than they save
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-Format = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"
-]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text", "preference"]
 
 
 class Part(TypedDict):
@@ -111,18 +109,14 @@ def prepare(
         for f in s.files
     ]
     if tokenizer.is_dir():
-        files += [
-            (f"tokenizer {p.relative_to(tokenizer)}", hashes.of(p)) for p in cache.tokenizer_files(tokenizer)
-        ]
+        files += [(f"tokenizer {p.relative_to(tokenizer)}", hashes.of(p)) for p in cache.tokenizer_files(tokenizer)]
     else:
         options["tokenizer"] = tokenizer_path
     template_file = Path(chat_template).expanduser()
     if template_file.is_file():
         files.append(("template", hashes.of(template_file)))
     hashes.save()
-    options["path"] = options["validation"] = options["against"] = (
-        None  # the files' content counts, not their place
-    )
+    options["path"] = options["validation"] = options["against"] = None  # the files' content counts, not their place
     key = cache.key(options, files)
     final = cache_dir / key
     if (final / "data_report.json").is_file():
@@ -146,9 +140,7 @@ def prepare(
         ngram=contamination_ngram if decontaminate else None,
     )
     size = sum(
-        f.stat().st_size * (4 if f.suffix in (".gz", ".zst", ".parquet") else 1)
-        for s in sources
-        for f in s.files
+        f.stat().st_size * (4 if f.suffix in (".gz", ".zst", ".parquet") else 1) for s in sources for f in s.files
     )
     count = workers or cores()
     made = cache.workplace(final)
@@ -200,9 +192,7 @@ def prepare(
             left_aside=aside,
             key=key,
         )
-        (made / "data_report.json").write_text(
-            json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        (made / "data_report.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
         shutil.rmtree(work)
         cache.publish(made, final)
     finally:
@@ -216,9 +206,7 @@ def prepare(
 def _check(columns: dict[str, str], scripts: list[str] | None, overlong: str, task: str) -> None:
     for name in columns:
         if name not in COLUMNS:
-            raise UserError(
-                f"data.columns.{name}: no such column; known: {', '.join(COLUMNS)} (our name: yours)"
-            )
+            raise UserError(f"data.columns.{name}: no such column; known: {', '.join(COLUMNS)} (our name: yours)")
     for name in scripts or ():
         if name not in SCRIPTS[2:]:
             raise UserError(f"data.scripts={name}: no such script; known: {', '.join(SCRIPTS[2:])}")

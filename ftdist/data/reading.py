@@ -121,9 +121,7 @@ def _open(file: Path) -> Any:
     elif name.endswith(".zst"):
         import zstandard
 
-        raw = io.BufferedReader(
-            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20
-        )
+        raw = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20)
     head = raw.peek(4)[:4]
     if head.startswith(codecs.BOM_UTF8):
         raw.read(3)
@@ -282,9 +280,7 @@ def _json_values(stream: Any) -> Iterator[tuple[int, Any, int]]:
             finished = not more
             buffer, at = buffer[at:] + more, 0
             if len(buffer) > 2 * LONGEST_LINE:
-                raise UserError(
-                    f"data.path={getattr(stream, 'name', 'file')}: line {line}: a value without an end"
-                )
+                raise UserError(f"data.path={getattr(stream, 'name', 'file')}: line {line}: a value without an end")
             continue
         wanted = _JSON_STEP
         if error is not None:
@@ -348,9 +344,7 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
                 first += batch.num_rows
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         message = str(error).splitlines()[0]
-        raise UserError(
-            f"data.path={file}: not a readable parquet file ({message}); write it again"
-        ) from None
+        raise UserError(f"data.path={file}: not a readable parquet file ({message}); write it again") from None
 
 
 def parse(block: Block) -> Iterator[tuple[int, Any]]:

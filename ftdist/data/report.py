@@ -65,9 +65,7 @@ def summarise(
         "overlong": dict(encoded.overlong),
         "duplicated_ids": int(len(ids) - len(np.unique(ids))),
         "scripts": {
-            SCRIPTS[i]: round(int(scripts[i]) / letters, 4)
-            for i in np.argsort(-scripts[1:]) + 1
-            if scripts[i]
+            SCRIPTS[i]: round(int(scripts[i]) / letters, 4) for i in np.argsort(-scripts[1:]) + 1 if scripts[i]
         },
         "sources": _sources(rows, sources, final_train, final_validation),
         "template": {"origin": template["origin"], "keywords": template["keywords"]},
@@ -94,9 +92,7 @@ def _quantiles(lengths: np.ndarray) -> dict[str, int]:
     return dict(zip(("min", "q25", "median", "q75", "q95", "q99", "max"), map(int, points), strict=True))
 
 
-def _sources(
-    rows: Any, sources: list[Any], train: np.ndarray, validation: np.ndarray
-) -> list[dict[str, Any]]:
+def _sources(rows: Any, sources: list[Any], train: np.ndarray, validation: np.ndarray) -> list[dict[str, Any]]:
     result = []
     for number, source in enumerate(sources):
         result.append(

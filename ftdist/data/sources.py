@@ -111,9 +111,7 @@ def _download(named: str, key: str) -> Path:
     repo, _, revision = named.partition("@")
     patterns = [f"*{e}{p}" for e in ENDINGS for p in ("", *PACKERS)]
     try:
-        return Path(
-            snapshot_download(repo, repo_type="dataset", revision=revision or None, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(repo, repo_type="dataset", revision=revision or None, allow_patterns=patterns))
     except (OSError, HFValidationError, ValueError) as error:
         raise UserError(
             f"{key}={named}: no such file or folder here, and the hub gave no data set of that name "
@@ -145,13 +143,9 @@ def chosen(
         said: dict[str, Any] = {"path": part} if isinstance(part, str) else dict(part)
         unknown = set(said) - {"path", "name", "weight", "format", "columns"}
         if unknown or not isinstance(said.get("path"), str):
-            raise UserError(
-                f"data.path: {part} must be a path or have path, weight, format, columns, name and no more"
-            )
+            raise UserError(f"data.path: {part} must be a path or have path, weight, format, columns, name and no more")
         if said.get("format", "auto") not in ("auto", *FORMATS):
-            raise UserError(
-                f"data.path: format={said['format']}: no such format; known: auto, {', '.join(FORMATS)}"
-            )
+            raise UserError(f"data.path: format={said['format']}: no such format; known: auto, {', '.join(FORMATS)}")
         named = said["path"]
         if named == "demo":
             from ftdist.demo import dataset
@@ -182,7 +176,5 @@ def chosen(
     names = Counter(s.name for s in sources if s.kind == "train")
     double = [name for name, n in names.items() if n > 1]
     if double:
-        raise UserError(
-            f"data.path: {double[0]} is named twice; for more weight use {{path: {double[0]}, weight: 2}}"
-        )
+        raise UserError(f"data.path: {double[0]} is named twice; for more weight use {{path: {double[0]}, weight: 2}}")
     return sources, aside

@@ -91,13 +91,9 @@ def choose(named: str, *, tokenizer_template: Any, adds_bos: bool) -> tuple[str,
         try:
             return path.read_text(encoding="utf-8"), str(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"data.chat_template={named}: cannot be read ({error}); give a text file"
-            ) from None
+            raise UserError(f"data.chat_template={named}: cannot be read ({error}); give a text file") from None
     names = sorted({"tokenizer", *NAMED, *own})
-    raise UserError(
-        f"data.chat_template={named}: neither a file nor one of {', '.join(names)}; give one of them"
-    )
+    raise UserError(f"data.chat_template={named}: neither a file nor one of {', '.join(names)}; give one of them")
 
 
 @dataclass(frozen=True)
@@ -122,9 +118,7 @@ class Closing:
 class Template:
     """A chat template with the tokens and the keywords that it sees."""
 
-    def __init__(
-        self, text: str, *, tokens: dict[str, str], specials: list[str], keywords: dict[str, Any]
-    ) -> None:
+    def __init__(self, text: str, *, tokens: dict[str, str], specials: list[str], keywords: dict[str, Any]) -> None:
         self.text = text
         self._variables = {**tokens, **keywords}
         self._tagged = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
@@ -178,13 +172,9 @@ class Template:
         try:
             text = self.render(probe, None)
         except Reject as error:
-            raise UserError(
-                f"data.chat_template: fails on a plain question and answer ({error.detail})"
-            ) from None
+            raise UserError(f"data.chat_template: fails on a plain question and answer ({error.detail})") from None
         if text.count(mark) != 1:
-            raise UserError(
-                "data.chat_template: does not show the assistant's content once; choose another template"
-            )
+            raise UserError("data.chat_template: does not show the assistant's content once; choose another template")
         suffix = text[text.index(mark) + len(mark) :]
         special = self._special.search(suffix)
         if special:
@@ -223,9 +213,7 @@ class Template:
     def _by_skeleton(
         self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None, turns: list[int]
     ) -> list[Span] | None:
-        if tools or any(
-            len(message) != 2 for message in messages
-        ):  # tool calls and the like: more than a content
+        if tools or any(len(message) != 2 for message in messages):  # tool calls and the like: more than a content
             return None
         roles = tuple(message["role"] for message in messages)
         if roles not in self._skeletons:
@@ -236,9 +224,7 @@ class Template:
         if skeleton is None:
             return None
         parts = [skeleton.pieces[0]]
-        for index, (left, right), piece in zip(
-            skeleton.order, skeleton.trims, skeleton.pieces[1:], strict=True
-        ):
+        for index, (left, right), piece in zip(skeleton.order, skeleton.trims, skeleton.pieces[1:], strict=True):
             content = messages[index]["content"]
             content = content.lstrip() if left else content
             parts += [content.rstrip() if right else content, piece]
@@ -254,9 +240,7 @@ class Template:
                 start = at - (len(before) - found - len(self._header)) if found >= 0 else at
                 end = at + len(part)
                 after = parts[number + 1]
-                spans.append(
-                    (start, end + len(self.closing.text) if after.startswith(self.closing.text) else end)
-                )
+                spans.append((start, end + len(self.closing.text) if after.startswith(self.closing.text) else end))
             at += len(part)
         return spans
 
@@ -265,9 +249,7 @@ class Template:
         pad = "\u2003"  # white space that no template writes: where it is gone, the template trims
         try:
             bare, padded = (
-                self.render(
-                    [{"role": r, "content": f"{p}{m}{p}"} for r, m in zip(roles, marks, strict=True)], None
-                )
+                self.render([{"role": r, "content": f"{p}{m}{p}"} for r, m in zip(roles, marks, strict=True)], None)
                 for p in ("", pad)
             )
         except Reject:
@@ -293,9 +275,7 @@ class Template:
             return ""
         return asked[len(bare) :] if asked.startswith(bare) else ""
 
-    def _by_prefix(
-        self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None, turn: int
-    ) -> Span:
+    def _by_prefix(self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None, turn: int) -> Span:
         content = messages[turn]["content"].strip()
         asked = self.render(messages[:turn], tools, prompt=True)
         if text.startswith(asked):

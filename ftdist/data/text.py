@@ -165,9 +165,7 @@ def ngrams(found: Words, n: int, *, short: bool) -> tuple[np.ndarray, np.ndarray
     if short:
         few = np.flatnonzero((counts > 0) & (counts < n))
         if len(few):
-            extra = [
-                np.add.reduce(hashes[bounds[t] : bounds[t + 1]] * coefficients[: counts[t]]) for t in few
-            ]
+            extra = [np.add.reduce(hashes[bounds[t] : bounds[t + 1]] * coefficients[: counts[t]]) for t in few]
             result = np.concatenate([result, _mix(np.array(extra, U64))])
             owner = np.concatenate([owner, few.astype(np.int32)])
             order = np.argsort(owner, kind="stable")

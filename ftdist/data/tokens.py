@@ -30,9 +30,7 @@ def freeze_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path={path}: no tokenizer can be loaded from it ({message})") from None
@@ -40,9 +38,7 @@ def freeze_tokenizer(
     if backend is None:
         raise UserError(f"model.path={path}: only a slow tokenizer; ftdist needs a fast one (tokenizer.json)")
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.path={path}: the tokenizer has no eos_token; set one in its tokenizer_config.json"
-        )
+        raise UserError(f"model.path={path}: the tokenizer has no eos_token; set one in its tokenizer_config.json")
     backend.no_truncation()
     backend.no_padding()
     bare = backend.encode("text", add_special_tokens=False).ids
@@ -104,9 +100,7 @@ def lay_out(row: dict[str, Any], template: Template, mask: str) -> Laid:
     """Text and trained spans of an sft row. `mask`: auto, assistant, completion, last, all. Raises Reject."""
     if "text" in row:
         if mask not in ("auto", "all"):
-            raise Reject(
-                "no supervised token", f"plain text has no turns for data.mask={mask}; use auto or all"
-            )
+            raise Reject("no supervised token", f"plain text has no turns for data.mask={mask}; use auto or all")
         return Laid(row["text"], [(0, len(row["text"]))], append_eos=True, turns=False, special_tokens=True)
     messages, tools = row["messages"], row.get("tools")
     template.check_texts(messages)
@@ -114,9 +108,7 @@ def lay_out(row: dict[str, Any], template: Template, mask: str) -> Laid:
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     closed = template.ends_special(text, spans[-1])
     if not closed:
-        text = text[
-            : spans[-1][1]
-        ]  # an end mark that is plain text, or none: EOS comes right after the answer
+        text = text[: spans[-1][1]]  # an end mark that is plain text, or none: EOS comes right after the answer
     if mask == "all":
         return Laid(text, [(0, spans[-1][1])], append_eos=not closed, turns=False, special_tokens=False)
     if mask == "last":
@@ -159,11 +151,7 @@ def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndar
         for span in row.spans:
             first, last = token_range(encoding, span)
             trained[first:last] = True
-        if (
-            row.turns
-            and closing_id is not None
-            and np.count_nonzero(ids[trained] == closing_id) != len(row.spans)
-        ):
+        if row.turns and closing_id is not None and np.count_nonzero(ids[trained] == closing_id) != len(row.spans):
             raise Unsegmentable(f"{closing} does not end each trained turn exactly once")
         if row.append_eos:
             if row.special_tokens and len(ids) and ids[-1] == frozen.eos:

@@ -20,21 +20,15 @@ def advice(
     lines = []
     adapters = strategy in ("lora", "qlora")
     if examples is not None and examples < _FEW:
-        lines.append(
-            f"{examples:,} examples: fewer than {_FEW}; first try a good prompt with some of them in it"
-        )
+        lines.append(f"{examples:,} examples: fewer than {_FEW}; first try a good prompt with some of them in it")
     elif examples is not None and examples <= _SOME:
         line = f"{examples:,} examples: LoRA or QLoRA suits {_FEW} to {_SOME:,}"
-        lines.append(
-            line if adapters else f"{line}; strategy={strategy} can learn so few by heart (strategy=lora)"
-        )
+        lines.append(line if adapters else f"{line}; strategy={strategy} can learn so few by heart (strategy=lora)")
     elif examples is not None:
         lines.append(f"{examples:,} examples: enough for full, Spectrum, or Spectrum with a quantised base")
 
     if parameters > _LARGE and strategy != "qlora":
-        lines.append(
-            f"{parameters / 1e9:.0f} B parameters: over 30 B QLoRA needs the fewest cards (strategy=qlora)"
-        )
+        lines.append(f"{parameters / 1e9:.0f} B parameters: over 30 B QLoRA needs the fewest cards (strategy=qlora)")
     elif (
         device_bytes
         and 2 * parameters > _WEIGHTS_SHARE * device_bytes

@@ -115,9 +115,7 @@ def closed_form(config: dict[str, Any]) -> Architecture | None:
         if value is None or isinstance(value, bool):
             continue
         if not isinstance(value, int) or value < 1:
-            raise UserError(
-                f"config.json of the model: {key}={value!r}: a positive integer is wanted; repair it"
-            )
+            raise UserError(f"config.json of the model: {key}={value!r}: a positive integer is wanted; repair it")
     return _gpt2(facts) if family == "gpt2" else _decoder(family, facts)
 
 
@@ -140,9 +138,7 @@ class _Builder:
         self.linears: dict[str, tuple[int, int]] = {}
         self.embeddings: dict[str, tuple[int, int]] = {}
 
-    def linear(
-        self, name: str, fan_in: int, fan_out: int, bias: bool = False, transposed: bool = False
-    ) -> None:
+    def linear(self, name: str, fan_in: int, fan_out: int, bias: bool = False, transposed: bool = False) -> None:
         self.parameters[f"{name}.weight"] = (fan_in, fan_out) if transposed else (fan_out, fan_in)
         if bias:
             self.parameters[f"{name}.bias"] = (fan_out,)
@@ -197,9 +193,7 @@ def _decoder(family: str, facts: dict[str, Any]) -> Architecture:
             if family == "qwen3":
                 b.norm(f"{at}.self_attn.q_norm", head_dim)
                 b.norm(f"{at}.self_attn.k_norm", head_dim)
-            if (
-                family == "mixtral"
-            ):  # all experts of a layer in two tensors; neither they nor the router is nn.Linear
+            if family == "mixtral":  # all experts of a layer in two tensors; neither they nor the router is nn.Linear
                 experts = facts["num_local_experts"]
                 b.parameters[f"{at}.mlp.gate.weight"] = (experts, hidden)
                 b.parameters[f"{at}.mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)

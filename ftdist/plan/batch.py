@@ -45,11 +45,7 @@ def batch_arithmetic(
     factors.append(f"{processes:,} process" + ("es" if processes > 1 else ""))
     if nodes > 1:
         factors.append(f"{nodes:,} nodes")
-    amount = (
-        f"{tokens:,} tokens per step"
-        if packing
-        else f"at most {tokens:,} tokens per step (rows are not packed)"
-    )
+    amount = f"{tokens:,} tokens per step" if packing else f"at most {tokens:,} tokens per step (rows are not packed)"
     lines = [f"{' × '.join(factors)} = {sequences:,} sequences × {max_length:,} tokens = {amount}"]
 
     per_epoch = total = None

@@ -79,9 +79,7 @@ def refuse(
             "use strategy=lora, or the unquantised model"
         )
     if quantizes and trains_all:
-        raise UserError(
-            f"strategy={strategy}: 4-bit weights take no gradient; use adapters, or do not quantise"
-        )
+        raise UserError(f"strategy={strategy}: 4-bit weights take no gradient; use adapters, or do not quantise")
     # tried: backward fails, AttributeError: 'Params4bit' object has no attribute 'ds_status'
     if quantizes and use_dora and stage == 3:
         raise UserError(
@@ -106,9 +104,7 @@ def refuse(
 
     # Engine
     if engine == "single" and processes * nodes > 1:
-        raise UserError(
-            f"engine=single: one process, not {processes * nodes}; use engine=ddp or engine=zero2"
-        )
+        raise UserError(f"engine=single: one process, not {processes * nodes}; use engine=ddp or engine=zero2")
     if offload and optim not in _OFFLOADED_OPTIMIZERS:
         raise UserError(
             f"train.optim={optim} with engine={engine}: offloaded states are DeepSpeed's own CPU "
@@ -116,24 +112,16 @@ def refuse(
         )
     if nvme_path is not None and here:
         if ctypes.util.find_library("aio") is None:  # DeepSpeed's async_io operator is built on it
-            raise UserError(
-                f"engine={engine}: needs libaio, which is not installed here; apt install libaio-dev"
-            )
+            raise UserError(f"engine={engine}: needs libaio, which is not installed here; apt install libaio-dev")
         directory = Path(nvme_path).expanduser()
         if not directory.is_dir() or not os.access(directory, os.W_OK):
-            raise UserError(
-                f"engine.nvme_path={nvme_path}: no directory that can be written here; make it first"
-            )
+            raise UserError(f"engine.nvme_path={nvme_path}: no directory that can be written here; make it first")
 
     # Precision
     if bf16 and fp16:  # transformers' TrainingArguments
-        raise UserError(
-            "train.fp16=true with train.bf16=true: one precision at a time; set one of them to false"
-        )
+        raise UserError("train.fp16=true with train.bf16=true: one precision at a time; set one of them to false")
     if bf16 and gpu and gpu_has_bf16 is False:
-        raise UserError(
-            "train.bf16=true: this GPU has no bfloat16 (Ampere and later do); use train.fp16=true"
-        )
+        raise UserError("train.bf16=true: this GPU has no bfloat16 (Ampere and later do); use train.fp16=true")
 
 
 def _refuse_attention(
@@ -149,9 +137,7 @@ def _refuse_attention(
     if kind != "flash_attention":
         return
     if not gpu:
-        raise UserError(
-            f"model.attn_implementation={wanted}: needs a GPU; use model.attn_implementation=sdpa"
-        )
+        raise UserError(f"model.attn_implementation={wanted}: needs a GPU; use model.attn_implementation=sdpa")
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(wanted)
     if package and not installed(package) and not installed("kernels"):
         raise UserError(

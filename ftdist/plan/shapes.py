@@ -92,23 +92,15 @@ def model_shapes(
         if tensors:
             source = "config.json and safetensors headers"
         else:
-            source = (
-                "config.json (" + ("weights in .bin files" if _has_weights(directory) else "no weights") + ")"
-            )
+            source = "config.json (" + ("weights in .bin files" if _has_weights(directory) else "no weights") + ")"
         return _shapes(config, f"{source} in {path}", tensors, directory, trust_remote_code)
     if directory.exists():
-        raise UserError(
-            f"model.path={path}: a file; give the directory that holds config.json and the weights"
-        )
+        raise UserError(f"model.path={path}: a file; give the directory that holds config.json and the weights")
     if not _HUB_ID.fullmatch(path):
-        raise UserError(
-            f"model.path={path}: no such directory; looked for {directory.absolute()}/config.json"
-        )
+        raise UserError(f"model.path={path}: no such directory; looked for {directory.absolute()}/config.json")
     cached = _cached_config(path, revision)
     if cached is not None:
-        return _shapes(
-            _read_config(cached), "config.json in the Hugging Face cache", {}, cached, trust_remote_code
-        )
+        return _shapes(_read_config(cached), "config.json in the Hugging Face cache", {}, cached, trust_remote_code)
     if architecture is not None:
         return _shapes(dict(architecture), "model.architecture", {}, None, trust_remote_code)
     fetched = _fetched_config(path, revision)
@@ -146,17 +138,13 @@ def _read_config(directory: Path) -> dict[str, Any]:
         if adapter.is_file():
             base = json.loads(adapter.read_text()).get("base_model_name_or_path")
             raise UserError(f"model.path={directory}: an adapter, not a model; its base is model.path={base}")
-        raise UserError(
-            f"model.path={directory}: no config.json there; give the directory of a Hugging Face model"
-        )
+        raise UserError(f"model.path={directory}: no config.json there; give the directory of a Hugging Face model")
     try:
         config = json.loads(file.read_text())
     except (ValueError, OSError) as failure:
         raise UserError(f"{file}: cannot be read as JSON ({failure}); download the model again")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(
-            f"{file}: has no model_type; give the directory of a Hugging Face causal language model"
-        )
+        raise UserError(f"{file}: has no model_type; give the directory of a Hugging Face causal language model")
     return config
 
 
@@ -195,15 +183,12 @@ def checkpoint_shapes(model_dir: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         if not (model_dir / shard).is_file():
-            raise UserError(
-                f"model.path={model_dir}: the index names {shard}, which is not there; download it"
-            )
+            raise UserError(f"model.path={model_dir}: the index names {shard}, which is not there; download it")
         tensors |= _read_header(model_dir / shard)
     lost = sorted(set(weight_map) - set(tensors))
     if lost:
         raise UserError(
-            f"{model_dir / weight_map[lost[0]]}: lacks {lost[0]}, which the index puts there; "
-            "download it again"
+            f"{model_dir / weight_map[lost[0]]}: lacks {lost[0]}, which the index puts there; download it again"
         )
     return tensors
 
@@ -268,28 +253,20 @@ def _fetched_config(hub_id: str, revision: str | None) -> Path:
     at = f"model.path={hub_id}"
     fix = f"run `hf download {hub_id}` where there is a network, or give a local directory"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(
-            f"{at}: no directory here, not in the Hugging Face cache, and HF_HUB_OFFLINE is set; {fix}"
-        )
+        raise UserError(f"{at}: no directory here, not in the Hugging Face cache, and HF_HUB_OFFLINE is set; {fix}")
     try:
         # asked once first: the download alone would retry for half a minute
         get_hf_file_metadata(hf_hub_url(hub_id, "config.json", revision=revision), timeout=5)
         return Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
     except GatedRepoError:
-        raise UserError(
-            f"{at}: the hub asks for consent first; accept the terms on its page, then `hf auth login`"
-        )
+        raise UserError(f"{at}: the hub asks for consent first; accept the terms on its page, then `hf auth login`")
     except RevisionNotFoundError:
         raise UserError(f"model.revision={revision}: {hub_id} has no such revision on the hub")
     except RepositoryNotFoundError:
-        raise UserError(
-            f"{at}: no directory here and no such model on the hub (or it is private: `hf auth login`)"
-        )
+        raise UserError(f"{at}: no directory here and no such model on the hub (or it is private: `hf auth login`)")
     except Exception as failure:  # one of many classes of the HTTP client; the reason is in the name
         reason = type(failure).__name__
-        raise UserError(
-            f"{at}: no directory here, not in the Hugging Face cache, hub not reached ({reason}); {fix}"
-        )
+        raise UserError(f"{at}: no directory here, not in the Hugging Face cache, hub not reached ({reason}); {fix}")
 
 
 # Any other model class: build it without memory (slow: imports torch and transformers)
@@ -303,10 +280,7 @@ def _built(config: dict[str, Any], directory: Path | None, trust_remote_code: bo
     except (OSError, ValueError):
         stored = asdict(describe(meta_model(config, directory, trust_remote_code)))
         _write(cache, json.dumps(stored))
-    pairs = {
-        group: {k: tuple(v) for k, v in stored[group].items()}
-        for group in ("parameters", "linear", "embeddings")
-    }
+    pairs = {group: {k: tuple(v) for k, v in stored[group].items()} for group in ("parameters", "linear", "embeddings")}
     return Architecture(**{**stored, **pairs, "attention": tuple(stored["attention"])})
 
 
@@ -347,9 +321,7 @@ def meta_model(config: dict[str, Any], directory: Path | None, trust_remote_code
             return AutoModelForCausalLM.from_config(built, trust_remote_code=own_code)
     except Exception as failure:  # the config decides what the model class trips over
         reason = " ".join(str(failure).split())[:200]
-        raise UserError(
-            f"model_type {kind!r}: no causal language model can be built from this config.json ({reason})"
-        )
+        raise UserError(f"model_type {kind!r}: no causal language model can be built from this config.json ({reason})")
 
 
 def describe(model: Any) -> Architecture:

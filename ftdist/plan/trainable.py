@@ -66,9 +66,7 @@ def trainable_parameters(
     names = {shapes.architecture.tied.get(name, name) for name in trainable}
     for name in sorted(names - set(known)):
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
-        raise UserError(
-            f"trainable parameter {name}: the model has none of that name; the nearest is {near[0]}"
-        )
+        raise UserError(f"trainable parameter {name}: the model has none of that name; the nearest is {near[0]}")
     return _by_type((name, math.prod(shape)) for name, shape in known.items() if name in names)
 
 
@@ -187,15 +185,11 @@ def _counted_by_peft(shapes: Shapes, peft: dict[str, Any]) -> dict[str, int]:
     from peft import get_peft_config, get_peft_model
 
     model = meta_model(shapes.config, shapes.directory, trust_remote_code=True)
-    modules = sorted(
-        _modules(shapes.architecture.parameters, shapes.architecture.linear), key=len, reverse=True
-    )
+    modules = sorted(_modules(shapes.architecture.parameters, shapes.architecture.linear), key=len, reverse=True)
     try:
         adapted = get_peft_model(model, get_peft_config(dict(peft)), low_cpu_mem_usage=True)
     except (ValueError, TypeError) as failure:
-        raise UserError(
-            f"strategy: peft refuses its adapter for this model: {' '.join(str(failure).split())[:200]}"
-        )
+        raise UserError(f"strategy: peft refuses its adapter for this model: {' '.join(str(failure).split())[:200]}")
     counts = []
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:

@@ -9,6 +9,7 @@ rank 0 writes `snr.json` when every tensor is there.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -111,11 +112,13 @@ def assign(tensors: list[Stored], workers: int) -> list[list[Stored]]:
 
 
 def _cores() -> int:
-    """Cores for this rank: its own where SLURM binds them, else its part of the machine."""
-    cores = len(os.sched_getaffinity(0))
-    if "SLURM_CPUS_PER_TASK" in os.environ:
-        return min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Cores for this rank: its own where srun binds them, else its part of the machine."""
+    cores, env = len(os.sched_getaffinity(0)), os.environ
+    if "LOCAL_WORLD_SIZE" in env:
+        return max(1, cores // int(env["LOCAL_WORLD_SIZE"]))
+    tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # 4(x2),3: of the first nodes
+    is_bound = cores < (os.cpu_count() or 1)
+    return cores if is_bound or not tasks or launched_as()[1] == 1 else max(1, cores // int(tasks[0]))
 
 
 def _run(shares: list[list[Stored]], results: Path, device: str) -> None:

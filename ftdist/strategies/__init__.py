@@ -69,7 +69,9 @@ class Recipe:
 
 def find(name: str | None) -> Callable[..., Recipe]:
     """The function of the strategy `name`: a file in this folder, else an installed entry point."""
-    own = sorted(f.name[:-3] for f in resources.files(__package__).iterdir() if f.name.endswith(".py") and f.name[0] != "_")
+    own = sorted(
+        f.name[:-3] for f in resources.files(__package__).iterdir() if f.name.endswith(".py") and f.name[0] != "_"
+    )
     if name in own:
         function: Callable[..., Recipe] = import_module(f"{__package__}.{name}").recipe
         return function

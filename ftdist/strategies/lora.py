@@ -27,7 +27,9 @@ def recipe(
     if targets == "spectrum":
         modules: str | list[str] = spectrum.modules(base, scan, top_percent)
     elif top_percent is not None or scan is not None:
-        raise UserError("strategy.top_percent, strategy.scan: only read with strategy.targets=spectrum; set it or leave them out")
+        raise UserError(
+            "strategy.top_percent, strategy.scan: only read with strategy.targets=spectrum; set it or leave them out"
+        )
     else:
         modules = targets
     return Recipe(

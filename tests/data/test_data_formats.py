@@ -153,7 +153,9 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
     max_leaves=12,
 )
-_role = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "function_call", "robot", "observation"])
+_role = st.sampled_from(
+    ["system", "user", "assistant", "tool", "human", "gpt", "function_call", "robot", "observation"]
+)
 _message = st.fixed_dictionaries({"role": _role, "content": st.text(max_size=8) | st.none()})
 
 

@@ -52,7 +52,10 @@ def test_planted_faults_are_found_and_counted(tmp_path: Path, run_prepare: Any, 
         near.append({**rows[i], "answer": " ".join(words)})
     held_out = [pair(i, 40) for i in range(1000, 1030)]
     leaks = [  # thirteen words and more of a held-out answer inside other words
-        {"question": sentence(5000 + i, 30), "answer": sentence(6000 + i, 30) + " " + " ".join(r["answer"].split()[:15])}
+        {
+            "question": sentence(5000 + i, 30),
+            "answer": sentence(6000 + i, 30) + " " + " ".join(r["answer"].split()[:15]),
+        }
         for i, r in enumerate(held_out[:10])
     ]
     lines = [json.dumps(r) for r in rows + twenty + near + leaks]
@@ -87,7 +90,9 @@ def test_rows_in_arrow_are_what_was_given(tmp_path: Path, run_prepare: Any, toke
     rows = [pair(i) for i in range(60)]
     prepared = run_prepare(write_jsonl(tmp_path / "a.jsonl", rows))
     report = read_report(prepared)
-    want = {f"<|im_start|>user\n{r['question']}<|im_end|>\n<|im_start|>assistant\n{r['answer']}<|im_end|>\n" for r in rows}
+    want = {
+        f"<|im_start|>user\n{r['question']}<|im_end|>\n<|im_start|>assistant\n{r['answer']}<|im_end|>\n" for r in rows
+    }
     train, validation = texts(prepared, tokenizer_path), texts(prepared, tokenizer_path, "validation")
     assert len(train) == report["train"] and len(validation) == report["validation"]
     assert set(train) | set(validation) == want and len(train) + len(validation) == 60
@@ -212,7 +217,9 @@ def test_filters_count_what_they_drop(tmp_path: Path, run_prepare: Any) -> None:
 
 
 def test_preference_rows(tmp_path: Path, run_prepare: Any) -> None:
-    rows = [{"prompt": sentence(i, 9), "chosen": sentence(i + 100, 12), "rejected": sentence(i + 200, 6)} for i in range(40)]
+    rows = [
+        {"prompt": sentence(i, 9), "chosen": sentence(i + 100, 12), "rejected": sentence(i + 200, 6)} for i in range(40)
+    ]
     rows += [rows[0], {"prompt": "q", "chosen": "same", "rejected": "same"}]
     rows += [{"prompt": sentence(900, 90), "chosen": sentence(901, 40), "rejected": sentence(902, 5)}]
     prepared = run_prepare(write_jsonl(tmp_path / "a.jsonl", rows), task="dpo", max_rejects=0.1, max_length=96)
@@ -326,7 +333,10 @@ def test_cached_call_imports_nothing_heavy(tmp_path: Path, run_prepare: Any, tok
         "print([m for m in ('torch', 'transformers', 'datasets', 'datasketch', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(call), str(tmp_path / "cache")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, json.dumps(call), str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines() == [str(first), "[]"]
 

@@ -47,9 +47,7 @@ def test_steps():
 def test_steps_are_those_of_the_trainer(rows, micro, accumulation, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-    tiny = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
+    tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     arguments = TrainingArguments(
         output_dir=tmp_path,
         use_cpu=True,

@@ -125,9 +125,7 @@ def test_weights_that_do_not_belong_to_the_config(save_model):
     with pytest.raises(UserError, match=r"the weights lack model.layers.2.self_attn.q_proj.weight"):
         model_shapes(str(directory), None)
     file.write_text(json.dumps(config | {"vocab_size": 51}))
-    with pytest.raises(
-        UserError, match=r"embed_tokens.weight has shape \[50, 32\], config.json calls for \[51, 32\]"
-    ):
+    with pytest.raises(UserError, match=r"embed_tokens.weight has shape \[50, 32\], config.json calls for \[51, 32\]"):
         model_shapes(str(directory), None)
 
 
@@ -171,9 +169,7 @@ def test_paths_that_are_no_model(tmp_path):
 def test_hub_id(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
-    with pytest.raises(
-        UserError, match="not in the Hugging Face cache, and HF_HUB_OFFLINE is set; run `hf download"
-    ):
+    with pytest.raises(UserError, match="not in the Hugging Face cache, and HF_HUB_OFFLINE is set; run `hf download"):
         model_shapes("some-org/some-model", None)
     assert model_shapes("some-org/some-model", LLAMA).source == "model.architecture"
 
@@ -203,9 +199,7 @@ def test_any_other_model_class_is_built_once(monkeypatch):
 
     with pytest.raises(UserError, match="model_type 'nonesuch': unknown to transformers"):
         model_shapes("org/x", {"model_type": "nonesuch"})
-    with pytest.raises(
-        UserError, match="brings its own code; read it, then set model.trust_remote_code=true"
-    ):
+    with pytest.raises(UserError, match="brings its own code; read it, then set model.trust_remote_code=true"):
         model_shapes("org/x", {"model_type": "nonesuch", "auto_map": {"AutoConfig": "a.B"}})
     with pytest.raises(UserError, match="no causal language model can be built"):
         model_shapes("org/x", {"model_type": "vit"})
