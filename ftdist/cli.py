@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ftdist import schema
 from ftdist.errors import FAILED, INTERRUPTED, OK, USAGE, UserError
 
 HELP = """ftdist VERB …   distributed fine-tuning of language models that can be trusted
@@ -45,9 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         verb = VERBS.get(words[0])
         if verb is None:
-            from ftdist.schema import nearest
-
-            raise UserError(f"{words[0]}: no such verb; {nearest(words[0], list(VERBS))}")
+            raise UserError(f"{words[0]}: no such verb; {schema.nearest(words[0], list(VERBS))}")
         return verb(words[1:])
     except UserError as failure:
         print(f"ftdist: {failure}", file=sys.stderr)
@@ -114,20 +113,33 @@ def data(argv: list[str]) -> int:
 
 
 def scan(argv: list[str]) -> int:
-    """Scan a model's weights."""
-    from ftdist import compose, job, models
+    """Scan a model's weights and select from them, as strategy=spectrum would."""
+    from ftdist import compose, job, launcher, models
     from ftdist.spectrum import verb
 
+    if not any(word.startswith("strategy=") for word in argv):
+        argv = ["strategy=spectrum", *argv]
     for config in compose.compose("scan", argv):
+        named = config["run_dir"]
         job.decide(config)
-        model = config["model"]
-        verb.run(model_path=models.local_path(model["path"], model["revision"]), strategy=config["strategy"])
+        model, strategy, processes = config["model"], config["strategy"], config["cluster"]["processes"]
+        if strategy["name"] != "spectrum":
+            raise UserError(f"strategy={strategy['name']}: a scan is Spectrum's; leave it out")
+        output = Path(named or f"scans/{Path(model['path']).name}").expanduser().absolute()
+        verb.run(
+            model_path=models.local_path(model["path"], model["revision"]),
+            processes=launcher.cores() if processes == "auto" else processes,
+            device="auto",
+            output_dir=output,
+            shapes=job.shapes_of(model).architecture.parameters,
+            **schema.pick(verb.run, strategy),
+        )
     return OK
 
 
 def evaluate(argv: list[str]) -> int:
     """Evaluate a finished run again, with other settings if wanted."""
-    from ftdist import rundir, schema
+    from ftdist import rundir
     from ftdist.evaluate import evaluate, settings
 
     if not argv or "=" in argv[0]:

@@ -35,12 +35,11 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
     before = sys.argv
     sys.argv = [f"ftdist {verb}", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own printing
-    configs = []
+    configs: list[dict[str, Any]] = []
     try:
         hydra.main(version_base="1.3", config_path="pkg://ftdist.conf", config_name="config")(keep)()
         for cfg, member in composed:
-            config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-            assert isinstance(config, dict)
+            config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             config.pop("experiment", None)
             if config["run_dir"] is None:
                 config["run_dir"] = member

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,7 +113,7 @@ def plan(config: dict[str, Any], rows: int | None = None, examples: int | None =
         max_length=train["max_length"],
         packing=train["packing"],
     )
-    by_type = trainable_parameters(shapes, peft=recipe.peft, trainable=recipe.trainable)
+    by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     batch = batch_arithmetic(
         per_device_train_batch_size=train["per_device_train_batch_size"],
         gradient_accumulation_steps=train["gradient_accumulation_steps"],
@@ -205,7 +204,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         keys = schema.pick(measure, config["strategy"])
-        config["strategy"] |= measure(model["path"], run_dir / "snr.json", len(os.sched_getaffinity(0)), **keys)
+        config["strategy"] |= measure(model["path"], run_dir / "snr.json", launcher.cores(), **keys)
     report = json.loads((prepared / "data_report.json").read_text(encoding="utf-8"))
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     print(f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}")

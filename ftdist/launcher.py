@@ -58,6 +58,11 @@ def engine_function(name: Any) -> Any:
     return nvme_engine if name == "zero3_nvme" else zero_engine
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def devices() -> tuple[int, str]:
     """How many devices this machine offers, and of which kind (`GPU`, `CPU core`). No driver is loaded."""
     found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
@@ -65,7 +70,7 @@ def devices() -> tuple[int, str]:
     count = len(found) if visible is None else len([part for part in visible.split(",") if part.strip()])
     if found and count:
         return count, "GPU"
-    return len(os.sched_getaffinity(0)), "CPU core"
+    return cores(), "CPU core"
 
 
 @functools.cache
@@ -95,8 +100,8 @@ def processes(
     wanted = (count if kind == "GPU" else 1) if processes == "auto" else processes
     if here and name == "local":
         if nodes > 1:
-            raise UserError(f"cluster.nodes={nodes}: cluster=local is one machine; use sbatch slurm/train.sbatch, or start "
-                            "accelerate launch --num_machines … -m ftdist.train on every node")  # fmt: skip
+            raise UserError(f"cluster.nodes={nodes}: cluster=local is one machine; use sbatch slurm/train.sbatch, or "
+                            "start accelerate launch --num_machines … -m ftdist.train on every node")  # fmt: skip
         if wanted > count and not oversubscribe:
             raise UserError(f"cluster.processes={wanted}: this machine has {count} devices ({kind}s); use at most "
                             f"cluster.processes={count}, or cluster.oversubscribe=true")  # fmt: skip
@@ -128,8 +133,7 @@ def command(run_dir: Path) -> list[str]:
 def run(run_dir: Path, count: int) -> None:
     """Start the ranks, wait, and leave no process behind. UserError carries the first failing rank's own words."""
     environment = dict(os.environ)
-    cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     environment["TOKENIZERS_PARALLELISM"] = "false"
     if devices()[1] != "GPU":
         environment.setdefault("DS_ACCELERATOR", "cpu")

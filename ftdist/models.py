@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def local_path(path: str, revision: str | None) -> str:
-    """The directory that holds `path`: itself, the demo model (made here once), or a hub id's snapshot (fetched once)."""
+    """The directory of `path`: itself, the demo model (made here once), or a hub id's snapshot (fetched once)."""
     if path == "demo":
         from ftdist import demo
 
@@ -78,7 +78,7 @@ def load(
         # On CPUs with bfloat16, bitsandbytes 0.50 repacks 4-bit weights at the first evaluation into a layout whose
         # product has no gradient, and keeps it when training goes on: the adapters below would stop learning.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (typed as a tensor or module)
     return model
 
 
@@ -98,10 +98,11 @@ def _device() -> Any:
     return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
 
 
-def apply(model: PreTrainedModel, recipe: Recipe, trained_dtype: str) -> Any:
+def apply(model: Any, recipe: Recipe, trained_dtype: str) -> Any:
     """Put adapters around the model, or freeze all but the named parameters, before any engine exists.
 
-    Trained weights are held in `trained_dtype`, frozen ones stay as loaded. UserError for a name that matches nothing: ZeRO fixes the trainable set when it starts.
+    Trained weights are held in `trained_dtype`, frozen ones stay as loaded. UserError for a name that matches
+    nothing: ZeRO fixes the trainable set when it starts.
     """
     import torch
 
@@ -127,7 +128,7 @@ def apply(model: PreTrainedModel, recipe: Recipe, trained_dtype: str) -> Any:
 
 @contextlib.contextmanager
 def partly_quantized(model: Any) -> Iterator[None]:
-    """transformers refuses to train a quantised model without adapters; one that keeps whole weights to train is fine."""
+    """transformers refuses to train a quantised model without adapters; with whole weights to train it is fine."""
     mark = hasattr(model, "hf_quantizer") and not hasattr(model, "peft_config")
     if mark:
         model._hf_peft_config_loaded = True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Collection, Mapping
-from types import FunctionType
 from typing import Any
 
 from ftdist.errors import UserError
@@ -29,7 +29,7 @@ def pick(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, A
     return {name: values[name] for name in keys_of(function) if name in values}
 
 
-def check(group: str, values: Mapping[str, Any], *functions: FunctionType, context: Collection[str] = ()) -> None:
+def check(group: str, values: Mapping[str, Any], *functions: Callable[..., Any], context: Collection[str] = ()) -> None:
     """UserError names the first key of `values` that no function takes, that is missing, or of a wrong type.
 
     Types and limits come from the annotations (pydantic's `Field` in `Annotated`), defaults from the YAML files.
@@ -40,7 +40,7 @@ def check(group: str, values: Mapping[str, Any], *functions: FunctionType, conte
     for function in functions:
         names = keys_of(function, context)  # only these: other annotations may name classes not imported here
         owner = type(group, (), {"__annotations__": {name: function.__annotations__[name] for name in names}})
-        hints = typing.get_type_hints(owner, globalns=function.__globals__, include_extras=True)
+        hints = typing.get_type_hints(owner, globalns=vars(sys.modules[function.__module__]), include_extras=True)
         fields |= {name: (hint, ...) for name, hint in hints.items()}
     for name in values:
         if name not in fields:

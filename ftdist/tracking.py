@@ -34,7 +34,7 @@ def function(name: Any) -> Callable[..., Any]:
 def no_run(*, name: str) -> tuple[Log, Callable[[], None]]:
     """Tracking is off: metrics.jsonl stays the only record."""
     assert name == "none"
-    return (lambda metrics, step: None), (lambda: None)
+    return (lambda *_: None), (lambda: None)
 
 
 def wandb_run(

@@ -139,7 +139,7 @@ class TokenTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss over all supervised held-out tokens and its perplexity; each row counts once on one rank."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         size = self.args.per_device_eval_batch_size
         model = self.model_wrapped

@@ -21,7 +21,7 @@ REMOVED = {
     "evaluation_strategy": "train.eval_strategy",
     "overwrite_output_dir": "run_dir (a run directory is never overwritten; choose a new one)",
     "logging_dir": "tracking (the run directory holds every log)",
-    "group_by_length": "train.packing=true (packing wastes no padding) or train.train_sampling_strategy=group_by_length",
+    "group_by_length": "train.packing=true, or train.train_sampling_strategy=group_by_length",
     "save_safetensors": "nothing (safetensors is the only format)",
     "no_cuda": "CUDA_VISIBLE_DEVICES= in the environment",
     "per_gpu_train_batch_size": "train.per_device_train_batch_size",

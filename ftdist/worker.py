@@ -77,7 +77,8 @@ def train(run_dir: Path) -> None:
         trainer.add_callback(tracking.follow(run_dir, log, sys.stdout))
     trainer.train()
     if plan["stage"] == 3:
-        trainer.model_wrapped.empty_partition_cache()  # the last evaluation may have left prefetches in flight
+        engine: Any = trainer.model_wrapped
+        engine.empty_partition_cache()  # the last evaluation may have left prefetches in flight
     save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main)
     if finish:
         finish()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 from collections.abc import Iterable
@@ -30,7 +29,7 @@ def _files(named: str) -> Iterable[Path]:
         return sorted(file for file in path.rglob("*") if file.is_file())
     if path.is_file():
         return [path]
-    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def _rows(file: Path) -> int | None:
