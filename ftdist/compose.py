@@ -104,7 +104,7 @@ def _explained(failure: Exception, words: list[str]) -> str:
     text = str(failure)
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = match.groups()
-        available = re.findall(r"^\t(\S+)", text, re.M)
+        available = re.findall(r"^\t(\S+)", text.partition("Config search path")[0], re.M)
         return f"{group}={choice}: no such choice; {schema.nearest(choice, available)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key, known = match[1], _known_keys(words)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist import launcher, models, rundir, schema, tracking, trainkeys
+from ftdist import launcher, models, page, rundir, schema, tracking, trainkeys
 from ftdist.data.prepare import prepare
 from ftdist.evaluate import evaluate, settings
 from ftdist.plan import Plan
@@ -26,6 +26,7 @@ FILES = {
     "env.json": "versions, commit, machine",
     "metrics.jsonl": "a line for each logged step",
     "logs/": "what each rank said",
+    "README.md": "the run's page",
     "final/": "the trained model or adapter, with its tokenizer",
 }
 
@@ -215,13 +216,15 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     rundir.write_json(run_dir / "env.json", rundir.environment())
     rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared)})
     rundir.write_yaml(run_dir / "config.yaml", config)
+    page.write(run_dir)
 
 
 def finish(run_dir: Path) -> None:
-    """What follows training: the evaluation, if rows were asked for."""
+    """What follows training: the evaluation, if rows were asked for, and the run's page."""
     wanted = rundir.read_config(run_dir)["eval"]
     if wanted["samples"]:
         evaluate(run_dir, wanted)
+    page.write(run_dir)
 
 
 def prepared_data(config: dict[str, Any]) -> Path:

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer
 
 from ftdist.errors import UserError
 from ftdist.loss import IGNORED, Head, full_loss
+from ftdist.models import trainable_elements
 
 PROBE = 16  # tokens of a sequence in the self-check before the first step
 
@@ -43,12 +44,13 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.T
 class TokenTrainer(Trainer):
     """Every supervised token weighs the same, whatever micro-batch, accumulation step or rank it is in."""
 
-    def __init__(self, *, model: Any, packing: bool, loss_type: str, **kwargs: Any) -> None:
+    def __init__(self, *, model: Any, packing: bool, loss_type: str, trainable: int, **kwargs: Any) -> None:
         super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole global batch
         self.loss_is_scaled_for_ga = True
         self.packing = packing
+        self.trainable = trainable  # elements that the plan said would be trained
         self.kind = "dft" if loss_type == "dft" else "nll"
         self.head = Head(model, self.args.label_smoothing_factor, self.kind)
         forward = inspect.signature(
@@ -93,11 +95,15 @@ class TokenTrainer(Trainer):
 
     @torch.no_grad()
     def _examine(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Before the first step: is the fused loss this architecture's loss, and does packing isolate?
+        """Before the first step: is just the planned set trained, is the fused loss this architecture's, does packing
+        isolate?
 
         Every rank runs the same forwards, so that sharded engines stay in step.
         """
         self.examined = True
+        counted = trainable_elements(self.model)  # the engine exists: ZeRO has fixed what it trains
+        if counted != self.trainable:
+            raise RuntimeError(f"{counted:,} parameters would be trained, the plan has {self.trainable:,}")
         training = model.training
         model.eval()
         ids = inputs["input_ids"].flatten()[: 2 * PROBE]

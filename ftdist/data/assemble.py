@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ftdist.data import arrow, pack
-from ftdist.data.clean import write_reject
+from ftdist.data.clean import json_line
 from ftdist.data.decide import Found, Rows
 from ftdist.data.encode import (
     DPO_COLUMNS,
@@ -25,7 +25,6 @@ from ftdist.data.encode import (
     write,
 )
 from ftdist.data.pool import Pool, Progress
-from ftdist.errors import UserError
 
 
 class Sequences:
@@ -68,7 +67,7 @@ def encode(rows: Rows, found: Found, laying: Laying, work: Path, made: Path, pro
     ):
         for i, encoded in enumerate(processes.map(encode_block, tasks)):
             for reject in encoded.rejects:
-                write_reject(rejects, reject)
+                rejects.write(json_line(reject))
                 rows.rejected[reject["reason"]] += 1
             validation.write(encoded.validation)
             for name, file in (("ids", ids), ("marks", marks)):
@@ -79,13 +78,7 @@ def encode(rows: Rows, found: Found, laying: Laying, work: Path, made: Path, pro
             done.append(replace(encoded, rejects=[], validation=""))
             progress.add(int(rows.bases[i + 1] - rows.bases[i]))
     progress.done()
-    sequences = Sequences(done, rows.bases)
-    if not (sequences.side == TRAIN).any():
-        raise UserError(
-            f"data.mask={laying.mask}: no supervised token in the whole training set; see data.mask, "
-            f"data.overlong={laying.overlong} and train.max_length={laying.max_length}"
-        )
-    return sequences
+    return Sequences(done, rows.bases)
 
 
 def write_parts(

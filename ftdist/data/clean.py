@@ -117,9 +117,14 @@ def reject_line(source: Source, file: int, line: int, error: Reject, raw: Any) -
     }
 
 
-def write_reject(file: Any, reject: dict[str, Any]) -> None:
-    line = json.dumps(reject, ensure_ascii=False, default=str)
-    file.write(line.encode("utf-8", "replace").decode() + "\n")
+# str.splitlines and other readers break a line at these too
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+def json_line(value: Any) -> str:
+    """A line of a .jsonl file, one line for every reader, in valid UTF-8."""
+    line = json.dumps(value, ensure_ascii=False, default=str).translate(_LINE_ENDS)
+    return line.encode("utf-8", "replace").decode() + "\n"
 
 
 def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:

@@ -136,7 +136,7 @@ def decide(
         side[found.side == TRAIN] = 2
         if (side == 1).any():
             bad, because = duplicates.contaminated(
-                work, rows.blocks, rows.bases, side, boilerplate=boilerplate, pool=processes
+                work, rows.blocks, rows.bases, side, ngram=rules.ngram, boilerplate=boilerplate, pool=processes
             )
             twice.append(duplicates.Twins(bad, because, np.zeros(len(bad))))
             found.side[bad] = 0

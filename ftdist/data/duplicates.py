@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftdist.data.clean import PARTITIONS
+from ftdist.data import text
+from ftdist.data.clean import PARTITIONS, load_rows, row_texts
 from ftdist.data.pool import Pool
 
 U64 = np.uint64
@@ -193,10 +194,28 @@ def components(twins: Twins, rows: int) -> np.ndarray:
         root = flat
 
 
+class Shared(NamedTuple):
+    """Evidence of contamination: training row `rows[i]` has n-gram `grams[i]` in common with row `others[i]`.
+    `boilerplate` are n-grams that too many rows have."""
+
+    rows: np.ndarray
+    others: np.ndarray
+    grams: np.ndarray
+    boilerplate: np.ndarray
+
+
 def contaminated(
-    folder: Path, blocks: list[int], bases: np.ndarray, side: np.ndarray, *, boilerplate: int, pool: Pool
+    folder: Path,
+    blocks: list[int],
+    bases: np.ndarray,
+    side: np.ndarray,
+    *,
+    ngram: int,
+    boilerplate: int,
+    pool: Pool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, the evaluation row) that share an n-gram which at most `boilerplate` rows have.
+    """(training rows, for each an evaluation row) that share an n-gram which at most `boilerplate` rows have,
+    and of which boilerplate n-grams cover less than half.
 
     `side` is 0 for rows out of the game, 1 for evaluation, 2 for training.
     """
@@ -204,17 +223,28 @@ def contaminated(
     np.save(folder / "bases.npy", bases)
     total = sum(np.load(folder / f"ngrams-{b}.at.npy")[-1] for b in blocks)
     together = max(1, int(PARTITIONS * _TASK_ENTRIES // max(total, 1)))
-    tasks = [(folder, blocks, p, min(p + together, PARTITIONS), boilerplate) for p in range(0, PARTITIONS, together)]
-    rows, with_rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for found, other in pool.map(shared_ngrams, tasks):
-        rows.append(found)
-        with_rows.append(other)
-    row, first = np.unique(np.concatenate(rows), return_index=True)
-    return row, np.concatenate(with_rows)[first]
+    starts = range(0, PARTITIONS, together)
+    tasks = [(folder, blocks, p, min(p + together, PARTITIONS), boilerplate) for p in starts]
+    found = list(pool.map(shared_ngrams, tasks))
+    rows, others, grams, common = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    if len(common):
+        common.sort()
+        order = np.argsort(rows, kind="stable")
+        rows, others, grams = rows[order], others[order], grams[order]
+        number = np.searchsorted(bases, rows, "right") - 1
+        groups = group_starts(number)
+        checks = (
+            (folder, blocks[number[a]], ngram, rows[a:b] - bases[number[a]], grams[a:b], common)
+            for a, b in zip(groups, [*groups[1:], len(rows)], strict=True)
+        )
+        good = np.concatenate([np.zeros(0, bool), *pool.map(confirm, checks)])
+        rows, others = rows[good], others[good]
+    row, first = np.unique(rows, return_index=True)
+    return row, others[first]
 
 
-def shared_ngrams(task: tuple[Path, list[int], int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the n-grams in partitions [first, last): (training rows, evaluation row)."""
+def shared_ngrams(task: tuple[Path, list[int], int, int, int]) -> Shared:
+    """What is shared among the n-grams in partitions [first, last)."""
     folder, blocks, first, last, boilerplate = task
     side = np.load(folder / "side.npy", mmap_mode="r")
     bases = np.load(folder / "bases.npy")
@@ -223,13 +253,14 @@ def shared_ngrams(task: tuple[Path, list[int], int, int, int]) -> tuple[np.ndarr
         at = np.load(folder / f"ngrams-{block}.at.npy")
         part = slice(at[first], at[last])
         hashes.append(np.load(folder / f"ngrams-{block}.hash.npy", mmap_mode="r")[part])
-        owners.append(np.load(folder / f"ngrams-{block}.row.npy", mmap_mode="r")[part].astype(np.int64) + bases[number])
+        own = np.load(folder / f"ngrams-{block}.row.npy", mmap_mode="r")[part]
+        owners.append(own.astype(np.int64) + bases[number])
     grams, rows = np.concatenate(hashes), np.concatenate(owners)
     of = side[rows]
     evaluation = np.unique(grams[of == 1])
     nothing = np.zeros(0, np.int64)
     if not len(evaluation):
-        return nothing, nothing
+        return Shared(nothing, nothing, np.zeros(0, U64), np.zeros(0, U64))
     place = np.searchsorted(evaluation, grams)
     place[place == len(evaluation)] = 0
     hit = (evaluation[place] == grams) & (of > 0)
@@ -243,5 +274,26 @@ def shared_ngrams(task: tuple[Path, list[int], int, int, int]) -> tuple[np.ndarr
     example = np.zeros(len(evaluation), np.int64)
     example[grams[of == 1]] = rows[of == 1]
     bad = (of == 2) & (frequency[grams] <= boilerplate)
-    row, index = np.unique(rows[bad], return_index=True)
-    return row, example[grams[bad][index]]
+    common = evaluation[frequency > boilerplate]
+    return Shared(rows[bad], example[grams[bad]], evaluation[grams[bad]], common)
+
+
+def confirm(task: tuple[Path, int, int, np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    """For each (row, n-gram) of a block: whether boilerplate covers less than half of the n-gram's words.
+
+    An n-gram at the border of boilerplate ("… the following text: Paris") is rare and still says nothing.
+    """
+    folder, block, ngram, rows, grams, common = task
+    all_rows, _ = load_rows(folder, block)
+    good = np.zeros(len(rows), bool)
+    starts = group_starts(rows)
+    for a, b in zip(starts, [*starts[1:], len(rows)], strict=True):
+        prompt, answer = row_texts(all_rows[rows[a]])
+        hashes, _ = text.ngrams(text.words([f"{prompt}\n{answer}"]), ngram, short=False)
+        covered = np.zeros(len(hashes) + ngram, np.int64)
+        for i in np.flatnonzero(np.isin(hashes, common)):
+            covered[i : i + ngram] = 1
+        words = np.concatenate([[0], np.cumsum(covered)])
+        fresh = ngram - (words[ngram:] - words[:-ngram])[: len(hashes)]
+        good[a:b] = np.isin(grams[a:b], hashes[2 * fresh > ngram])
+    return good

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftdist.data import arrow
-from ftdist.data.clean import load_rows, reject_line
+from ftdist.data.clean import json_line, load_rows, reject_line
 from ftdist.data.formats import Reject
 from ftdist.data.sources import Source
 from ftdist.data.template import Unsegmentable
@@ -201,7 +200,7 @@ class _Block:
         }
         if row["tools"]:
             held_out["tools"] = row["tools"]
-        return json.dumps(held_out | {"id": identifier}, ensure_ascii=False) + "\n"
+        return json_line(held_out | {"id": identifier})
 
 
 def encode_block(task: tuple[Path, Laying, Source, int, int, np.ndarray]) -> Encoded:

@@ -15,9 +15,9 @@ from typing_extensions import TypedDict
 
 from ftdist.data import cache, report
 from ftdist.data.assemble import encode, write_parts
-from ftdist.data.clean import Cleaned, Rules, clean_block, write_reject
+from ftdist.data.clean import Cleaned, Rules, clean_block, json_line
 from ftdist.data.decide import Rows, decide
-from ftdist.data.encode import Laying
+from ftdist.data.encode import TRAIN, Laying
 from ftdist.data.formats import COLUMNS
 from ftdist.data.pool import Pool, Progress, cores, pool
 from ftdist.data.reading import blocks
@@ -177,6 +177,11 @@ def prepare(
             laying = Laying(task, mask, max_length, overlong)
             encoded = encode(rows, found, laying, work, made, processes)
             _too_many_rejects(rows.rejected, rows.seen, max_rejects, made, final, sources)
+            if not (encoded.side == TRAIN).any():
+                raise UserError(
+                    f"data.mask={mask}: no supervised token in the whole training set; see data.mask, "
+                    f"data.overlong={overlong} and train.max_length={max_length}"
+                )
             sizes = write_parts(rows, found.times, encoded, laying, packing, seed, key, work, made, processes)
         (made / "chat_template.jinja").write_text(frozen["template"], encoding="utf-8")
         summary = report.summarise(
@@ -233,7 +238,7 @@ def _clean(rules: Rules, work: Path, made: Path, processes: Pool) -> list[Cleane
     with (made / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
         for cleaned in processes.map(clean_block, ((rules, work, b) for b in blocks(list(rules.sources)))):
             for reject in cleaned.rejects:
-                write_reject(rejects, reject)
+                rejects.write(json_line(reject))
             reasons = [r["reason"] for r in cleaned.rejects]
             example = cleaned.rejects[:1]
             for shown in example:

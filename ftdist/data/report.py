@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ftdist.data.clean import FILTERS, load_rows, row_texts
+from ftdist.data.clean import FILTERS, json_line, load_rows, row_texts
 from ftdist.data.encode import TRAIN, VALIDATION
 from ftdist.data.text import SCRIPTS
 
@@ -167,7 +167,7 @@ def _write_dropped(rows: Any, found: Any, encoded: Any, sources: list[Any], path
             if like is not None:
                 entry["like"] = dict(zip(("file", "line"), where(like), strict=True))
                 entry["overlap"] = overlap
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write(json_line(entry))
 
 
 def words(prepared: Path) -> str:

@@ -113,7 +113,7 @@ class Words:
 
 def words(texts: list[str]) -> Words:
     """The words of cleaned texts (no NUL in them)."""
-    joined = "\x00".join(texts) + "\x00"
+    joined = "".join(f"{text}\x00" for text in texts)
     codes = np.frombuffer(joined.casefold().encode("utf-32-le"), np.uint32)
     kind_table, script_table = _tables()
     kind = kind_table[codes]

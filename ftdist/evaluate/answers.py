@@ -22,9 +22,12 @@ from ftdist.strategies import Base, find
 
 def main(run_dir: Path, samples: int, max_new_tokens: int, batch_size: int, show: int) -> None:
     """Writes eval/metrics.json and eval/samples.jsonl, prints a table and `show` answers."""
+    import logging as python_logging
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # of kernels that are not needed here
     config = rundir.read_config(run_dir)
     plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
     prepared = Path(plan["prepared"])

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def measured(command, environment, cores):
     return seconds, spent, peak / 2**20, max(0.0, busy() - machine - spent) / (seconds * os.cpu_count())
 
 
-def compare(kind, repeats, device, layers, skip_plain, patient):
+def compare(kind, repeats, device, layers, only, patient):
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         model.mkdir()
@@ -87,13 +88,16 @@ def compare(kind, repeats, device, layers, skip_plain, patient):
         subprocess.run([sys.executable, "-c", code, str(model)], check=True, stderr=subprocess.DEVNULL)
         plain = [sys.executable, str(PLAIN), str(model), f"{folder}/plain.json"]
         ours = [sys.executable, "-c", OURS, str(model), f"{folder}/ours.json"]
-        cells = {"imports alone": ([sys.executable, "-c", IMPORT], None)}
-        if not skip_plain:
-            cells |= {"plain, 1 core": (plain, 1), "plain, all cores": (plain, None)}
-        cells |= {"ours, 1 process, 1 core": ([*ours, "1", device], 1)}
-        cells |= {"ours, 1 process, all cores": ([*ours, "1", device], None)}
-        if kind == "checkpoint":
-            cells |= {"ours, 2 processes": ([*ours, "2", device], None)}
+        cells = {
+            "imports alone": ([sys.executable, "-c", IMPORT], None),
+            "plain, 1 core": (plain, 1),
+            "plain, all cores": (plain, None),
+            "ours, 1 process, 1 core": ([*ours, "1", device], 1),
+            "ours, 1 process, all cores": ([*ours, "1", device], None),
+            "ours, 2 processes": ([*ours, "2", device], None),
+        }
+        if only:
+            cells = {name: cell for name, cell in cells.items() if re.search(f"imports|{only}", name)}
         rows = {name: [] for name in cells}
         for _ in range(repeats):
             for name, (command, cores) in cells.items():
@@ -105,7 +109,7 @@ def compare(kind, repeats, device, layers, skip_plain, patient):
                         break
                 rows[name].append(found)
         report(rows)
-        if not skip_plain:
+        if Path(f"{folder}/plain.json").exists():
             largest_difference(*(json.loads(Path(f"{folder}/{who}.json").read_text()) for who in ("plain", "ours")))
 
 
@@ -120,13 +124,15 @@ def report(rows):
     def ratio(slow, fast, column=0):
         return middle[slow][column] / middle[fast][column]
 
-    if "plain, 1 core" in middle:
-        faster = [ratio(f"plain, {n}", f"ours, 1 process, {n}") for n in ("1 core", "all cores")]
-        print(f"faster than plain: {faster[0]:.1f}x on one core, {faster[1]:.1f}x on all, one process each")
-        memory = ratio("ours, 1 process, all cores", "plain, all cores", 2)
-        above = (middle["ours, 1 process, all cores"][2] - base) / (middle["plain, all cores"][2] - base)
-        print(f"peak memory against plain: {memory:.2f}; above the imports that both need: {above:.2f}")
-    if "ours, 2 processes" in middle:
+    for cores in ("1 core", "all cores"):
+        slow, fast = f"plain, {cores}", f"ours, 1 process, {cores}"
+        if slow in middle and fast in middle:
+            above = (middle[fast][2] - base) / (middle[slow][2] - base)
+            print(
+                f"ours against plain, 1 process, {cores}: {ratio(slow, fast):.1f}x faster, {ratio(slow, fast, 1):.1f}x "
+                f"fewer cpu seconds; peak memory {ratio(fast, slow, 2):.2f}, above the imports {above:.2f}"
+            )
+    if {"ours, 1 process, 1 core", "ours, 2 processes"} <= middle.keys():
         print(f"two processes against one, a core each: {ratio('ours, 1 process, 1 core', 'ours, 2 processes'):.2f}x")
     print(f"n={len(rows['imports alone'])}, medians")
 
@@ -166,10 +172,10 @@ if __name__ == "__main__":
     parser.add_argument("-n", type=int, default=3, help="repetitions of every cell")
     parser.add_argument("--layers", type=int, default=2, help="of the checkpoint")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our scan; the peer uses the CPU")
-    parser.add_argument("--skip-plain", action="store_true", help="without the peer")
+    parser.add_argument("--only", help="an expression: the cells to run, e.g. '1 core' or ours")
     parser.add_argument("--patient", action="store_true", help="repeat a cell while other programs use a tenth or more")
     given = parser.parse_args()
     if given.what == "edge":
         edge()
     else:
-        compare(given.what, given.n, given.device, given.layers, given.skip_plain, given.patient)
+        compare(given.what, given.n, given.device, given.layers, given.only, given.patient)

@@ -28,10 +28,42 @@ SPECIALS = [
     "[/INST]",
 ]
 
-WORDS = (
-    "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo "
-    "sierra tango uniform victor whiskey xray yankee zulu river mountain lake forest window table chair garden"
-).split()
+WORDS = [
+    "alpha",
+    "bravo",
+    "charlie",
+    "delta",
+    "echo",
+    "foxtrot",
+    "golf",
+    "hotel",
+    "india",
+    "juliet",
+    "kilo",
+    "lima",
+    "mike",
+    "november",
+    "oscar",
+    "papa",
+    "quebec",
+    "romeo",
+    "sierra",
+    "tango",
+    "uniform",
+    "victor",
+    "whiskey",
+    "xray",
+    "yankee",
+    "zulu",
+    "river",
+    "mountain",
+    "lake",
+    "forest",
+    "window",
+    "table",
+    "chair",
+    "garden",
+]
 
 
 def sentence(seed: int, words: int) -> str:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ftdist.data.formats import PAIRS, Reject, clean, convert, detect, ignored
 from ftdist.data.reading import BadRow, blocks, parse
 from ftdist.data.sources import Source, find
 from ftdist.errors import UserError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 S, T = {"role": "system", "content": "s"}, {"role": "tool", "content": "t"}

@@ -16,9 +16,10 @@ import datasets
 import numpy as np
 import pytest
 from data_help import DEFAULTS, WORDS, pair, read_jsonl, read_report, sentence, write_jsonl
-from ftdist.errors import UserError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from ftdist.errors import UserError
 
 
 def accounted(report: dict[str, Any], dropped_near: bool = True) -> int:
@@ -172,7 +173,8 @@ def test_boilerplate_contaminates_nothing(tmp_path: Path, run_prepare: Any) -> N
     rows = [{"question": f"{task} {sentence(i, 12)}", "answer": sentence(i + 500, 12)} for i in range(60)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     assert read_report(run_prepare(path))["contaminated"] == 0
-    assert read_report(run_prepare(path, boilerplate_rows=100))["contaminated"] > 30
+    with pytest.raises(UserError, match="shares text with the validation rows"):
+        run_prepare(path, boilerplate_rows=100)
 
 
 def test_sources_are_mixed_with_weights(tmp_path: Path, run_prepare: Any, tokenizer_path: Path) -> None:
@@ -209,7 +211,8 @@ def test_overlong_rows(tmp_path: Path, run_prepare: Any) -> None:
 def test_filters_count_what_they_drop(tmp_path: Path, run_prepare: Any) -> None:
     rows = [pair(i, 12) for i in range(20)]
     rows += [{"question": "a b c", "answer": "ok"}, {"question": "again", "answer": "spam and eggs now " * 40}]
-    rows += [{"question": "page", "answer": "<div><p>" * 20 + "x"}, {"question": "вопрос", "answer": "ответ на вопрос"}]
+    tags = "".join(f"<h{i}><{word}>" for i, word in enumerate(WORDS))
+    rows += [{"question": "page", "answer": tags + "x"}, {"question": "вопрос", "answer": "ответ на вопрос"}]
     changes = {"min_answer": 5, "max_answer": 2000, "max_repetition": 0.5, "max_markup": 0.5, "scripts": ["Latin"]}
     report = read_report(run_prepare(write_jsonl(tmp_path / "a.jsonl", rows), **changes))
     want = {"too_short": 1, "too_long": 0, "repetition": 1, "markup": 1, "script": 1}

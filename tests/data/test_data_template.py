@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_help import CHATML, build_tokenizer
+
 from ftdist.data.formats import Reject
 from ftdist.data.template import NAMED, Unsegmentable
 from ftdist.data.tokens import Frozen, freeze_tokenizer, lay_out, load_frozen, pair_tokens, tokenize

@@ -6,24 +6,17 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import STEPS
+from matrix import ENGINES, STEPS, STRATEGIES
 from safetensors import safe_open
 
-STRATEGIES = ("full", "lora", "qlora", "spectrum")
-# zero3_nvme is not among them: its reads and writes are DeepSpeed's async_io operator, which is built against
-# libaio's headers and is not offered by DeepSpeed's CPU accelerator. `test_config.py` has its refusals.
-ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 TOLERANCE = 1e-4  # of a loss, relative
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def cells(*engines):
-    """Parameters (strategy, engine), where one worker has all runs of a strategy."""
-    return [
-        pytest.param(strategy, engine, marks=pytest.mark.xdist_group(strategy), id=f"{strategy}-{engine}")
-        for strategy in STRATEGIES
-        for engine in engines
-    ]
+    return pytest.mark.parametrize(
+        ("strategy", "engine"), [(strategy, engine) for strategy in STRATEGIES for engine in engines]
+    )
 
 
 def tensors(directory, name="model.safetensors"):
@@ -48,7 +41,7 @@ def selected_by_hand(snr, percent):
     return names
 
 
-@pytest.mark.parametrize(("strategy", "engine"), cells(*ENGINES))
+@cells(*ENGINES)
 def test_the_loss_falls(cell, strategy, engine, record_property):
     made = cell(strategy, engine)
     losses = made.losses
@@ -62,9 +55,9 @@ def test_the_loss_falls(cell, strategy, engine, record_property):
     assert made.held_out[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(("strategy", "engine"), cells(*ENGINES))
+@cells(*ENGINES)
 def test_metrics_have_the_keys_that_others_read(cell, strategy, engine):
-    rows = [row for row in cell(strategy, engine).metrics if "loss" in row]
+    rows = cell(strategy, engine).steps
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
         assert set(row) >= {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
@@ -73,11 +66,11 @@ def test_metrics_have_the_keys_that_others_read(cell, strategy, engine):
     assert tokens == sorted(set(tokens)) and tokens[0] > 0
 
 
-@pytest.mark.parametrize(("strategy", "engine"), cells(*ENGINES))
+@cells(*ENGINES)
 def test_exactly_the_intended_weights_changed(cell, model, strategy, engine):
     made = cell(strategy, engine)
     final, base = made.run_dir / "final", tensors(model)
-    assert made.model_before == made.model_after
+    assert made.base_untouched
     if strategy in ("lora", "qlora"):
         assert not (final / "model.safetensors").exists()
         adapter = tensors(final, "adapter_model.safetensors")
@@ -100,7 +93,7 @@ def test_exactly_the_intended_weights_changed(cell, model, strategy, engine):
     assert made.plan["trainable_parameters"] == trained
 
 
-@pytest.mark.parametrize(("strategy", "engine"), cells(*ENGINES))
+@cells(*ENGINES)
 def test_what_was_saved_loads_and_answers(cell, model, strategy, engine):
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,23 +115,20 @@ def test_what_was_saved_loads_and_answers(cell, model, strategy, engine):
     assert not torch.allclose(after, before, atol=0.1)
 
 
-@pytest.mark.parametrize(("strategy", "engine"), cells("single", "zero1", "zero2", "zero3", "zero3_offload"))
+@cells("single", "zero1", "zero2", "zero3", "zero3_offload")
 def test_every_engine_follows_the_same_curve(cell, strategy, engine):
     """One process with the whole batch, and every way to share the work, are one computation."""
     of_ddp, of_engine = cell(strategy, "ddp"), cell(strategy, engine)
     assert of_engine.losses == pytest.approx(of_ddp.losses, rel=TOLERANCE)
     assert of_engine.held_out == pytest.approx(of_ddp.held_out, rel=TOLERANCE)
-    assert [row["tokens"] for row in of_engine.metrics if "loss" in row] == [
-        row["tokens"] for row in of_ddp.metrics if "loss" in row
-    ]
+    assert [row["tokens"] for row in of_engine.steps] == [row["tokens"] for row in of_ddp.steps]
 
 
-@pytest.mark.xdist_group("full")
 @pytest.mark.parametrize("engine", ["single", "zero2"])
 def test_accumulation_is_a_larger_batch(cell, engine):
     """Micro-batch 4 × accumulation 1 = micro-batch 1 × accumulation 4 (2 × 1 and 1 × 2 in two processes)."""
     whole = cell("full", engine)
     accumulated = cell("full", engine, accumulation=4 if engine == "single" else 2)
     assert accumulated.losses == pytest.approx(whole.losses, rel=TOLERANCE)
-    gradients = [[row["grad_norm"] for row in made.metrics if "loss" in row] for made in (whole, accumulated)]
+    gradients = [[row["grad_norm"] for row in made.steps] for made in (whole, accumulated)]
     assert gradients[0] == pytest.approx(gradients[1], rel=10 * TOLERANCE)

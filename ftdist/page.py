@@ -1,0 +1,52 @@
+"""RUN/README.md: the run's page, from the files of the run directory alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ftdist.data.report import words
+from ftdist.plan.text import render
+
+
+def write(run_dir: Path) -> None:
+    """Write the page as far as the run has come: plan and data at the start, results at the end."""
+    plan = _read(run_dir / "plan.json")
+    environment = _read(run_dir / "env.json")
+    parts = [f"# {run_dir.name}", _result(run_dir), "## Plan", _block(render(plan))]
+    parts += ["## Data", _block(words(Path(plan["prepared"])))]
+    if (run_dir / "snr.png").is_file():
+        parts += ["## Spectrum", "SNR of every module; what is trained is marked.", "![SNR by layer](snr.png)"]
+    parts += ["## Again", _block(shlex.join(["ftdist", *environment["command"][1:]]))]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    parts.append(f"Python {environment['python']}, {versions}; commit {environment['commit'] or 'not known'}.")
+    partial = run_dir / ".README.md"
+    partial.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    partial.replace(run_dir / "README.md")
+
+
+def _result(run_dir: Path) -> str:
+    if not (run_dir / "final").is_dir():
+        return "Not finished."
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open(encoding="utf-8")]
+    steps = [row for row in rows if "loss" in row]
+    held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    lines = [f"Finished: {steps[-1]['step']:,} steps over {steps[-1]['tokens']:,} tokens, "
+             f"loss {steps[0]['loss']:.4g} → {steps[-1]['loss']:.4g}"
+             + (f", held-out loss {held_out[-1]:.4g}." if held_out else ".")]  # fmt: skip
+    metrics = run_dir / "eval" / "metrics.json"
+    if metrics.is_file():
+        lines += ["", "| held out | exact match | loss | perplexity |", "|---|---|---|---|"]
+        for which, m in _read(metrics).items():
+            lines.append(f"| {which} | {m['exact_match']:.1%} | {m['loss']:.4f} | {m['perplexity']:.4g} |")
+    return "\n".join(lines)
+
+
+def _block(text: str) -> str:
+    return f"```\n{text}\n```"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
