@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ftdist import schema
-from ftdist.errors import FAILED, INTERRUPTED, OK, USAGE, UserError
+from ftdist.errors import FAILED, INTERRUPTED, OK, USAGE, Failed, UserError
 
 HELP = """ftdist VERB …   distributed fine-tuning of language models that can be trusted
 
@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as failure:
         print(f"ftdist: {failure}", file=sys.stderr)
         return USAGE
+    except Failed as failure:
+        print(f"ftdist: {failure}", file=sys.stderr)
+        return failure.status
     except KeyboardInterrupt:
         print("\nftdist: interrupted; nothing is left running", file=sys.stderr)
         return INTERRUPTED
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """One run, or with -m one after another."""
-    from ftdist import compose, job, launcher
+    from ftdist import compose, job
 
     configs = compose.compose("train", argv)
     for config in configs:  # everything is checked before anything starts
@@ -69,9 +72,6 @@ def train(argv: list[str]) -> int:
     for config in configs:
         try:
             run_dir = job.run(config)
-        except launcher.RankFailure as failure:
-            print(f"ftdist: {failure.text} (log: {failure.log})", file=sys.stderr)
-            return failure.status
         except KeyboardInterrupt:
             if Path(config["run_dir"], "config.yaml").is_file():
                 print(f"\nftdist: stopped; unfinished run in {config['run_dir']}", file=sys.stderr)

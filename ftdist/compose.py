@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ftdist import schema, trainkeys
 from ftdist.errors import UserError
+
+# Mappings that take keys which their YAML does not show; the names under `train` are known.
+OPEN = r"(?:train\.(\w+)|engine\.zero\.\w+|data\.columns\.\w+|data\.template_keywords\.\w+)="
+SWEEPS = r"hydra\.(sweep\.(sub)?dir|sweeper\.\w+|searchpath)="
 
 
 def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
@@ -21,6 +25,7 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
     UserError says in one line what the user got wrong.
     """
     import hydra
+    from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -36,7 +41,10 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
     sys.argv = [f"ftdist {verb}", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own printing
     configs: list[dict[str, Any]] = []
+    parser = get_args_parser()
+    parser.error = _refuse_flag  # type: ignore[method-assign]  # its own prints a page and exits
     try:
+        parser.parse_args(words)
         hydra.main(version_base="1.3", config_path="pkg://ftdist.conf", config_name="config")(keep)()
         for cfg, member in composed:
             config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -45,7 +53,7 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
                 config["run_dir"] = member
             configs.append(config)
     except Exception as failure:
-        if not type(failure).__module__.startswith(("hydra.", "omegaconf.")):
+        if not _raised_by_hydra(failure):
             raise
         raise UserError(_explained(failure, words))
     finally:
@@ -89,32 +97,59 @@ def _plugin_packages() -> list[str]:
 
 
 def _rewritten(argv: list[str]) -> Iterator[str]:
-    """The user's words, where `train` is open to every field of TRL's own config without Hydra's `+`."""
+    """The user's words, where mappings that take more keys than they show need no `+` of Hydra's."""
     if packages := _plugin_packages():
         yield f"hydra.searchpath=[{','.join('pkg://' + name for name in packages)}]"
     for word in argv:
-        match = re.match(r"train\.(\w+)=", word)
-        if match:
+        if word.startswith("~"):
+            raise UserError(f"{word}: keys are set, not taken away; give {word[1:]} another value or choice")
+        if re.match(r"\+*hydra\.", word) and not re.match(SWEEPS, word):
+            raise UserError(f"{word}: not read here; use run_dir=…, and with -m hydra.sweep.dir=…")
+        match = re.match(OPEN, word)
+        if match and match[1]:
             trainkeys.check_name(match[1])
         yield f"++{word}" if match else word
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise UserError(f"{message}; ftdist train --help tells the flags")
+
+
+def _raised_by_hydra(failure: BaseException) -> bool:
+    trace = failure.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals["__name__"]).startswith(("hydra.", "omegaconf."))
 
 
 def _explained(failure: Exception, words: list[str]) -> str:
     """Hydra's and OmegaConf's errors in one line, with the nearest right name."""
     text = str(failure)
-    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
+    if match := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, choice = match.groups()
         available = re.findall(r"^\t(\S+)", text.partition("Config search path")[0], re.M)
         return f"{group}={choice}: no such choice; {schema.nearest(choice, available)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key, known = match[1], _known_keys(words)
-        inside = [name for name in known if "." in key and name.startswith(key.split(".")[0] + ".")]
-        return f"{key}: no such key; {schema.nearest(key, inside or [k for k in known if '.' not in k])}"
+        group = key.split(".")[0]
+        inside = [k for k in known if k.startswith(f"{group}.") and k != f"{group}.name"]
+        near = inside if "." in key and group in known else [k for k in known if "." not in k]
+        return f"{key}: no such key; {schema.nearest(key, near)}"
     if type(failure).__name__ == "MissingMandatoryValue":
         key = getattr(failure, "full_key", None)
         return f"{key}: missing; set {key}=…"
     first = next((line for line in text.splitlines() if line.strip()), type(failure).__name__)
-    override = getattr(failure, "override", None)
+    override = str(getattr(failure, "override", None) or "").lstrip("+")
+    if override and "=" not in override:
+        return f"{override}: not KEY=VALUE; data.path={override} or model.path={override}?"
+    if "group override must be" in text:  # a number or null, and Hydra does not say whose
+        pairs = [word.split("=", 1) for word in words if "=" in word]
+        group, choice = next(((g, c) for g, c in pairs if re.fullmatch(r"null|true|false|[\d.]+", c)), ("", ""))
+        known = list(choices(group if group in choices(None) else None))
+        return f"{group}={choice}: no such choice; known: {', '.join(known)}"
+    if match := re.match(r"Ambiguous value for argument '(.+)'", text):
+        return f"{match[1].lstrip('+')}: several values; add -m to run them one after another"
+    override = override or str(getattr(failure, "full_key", None) or "")
     return f"{override}: {first.strip()}" if override else first.strip()
 
 

@@ -136,7 +136,8 @@ THINGS = [
     "umbrella",
 ]  # noqa: E501
 
-# Frequent English words and letter pairs: with them, ordinary text takes about three bytes a token.
+# Frequent English words, and the first merges of a BPE over the words that are left of English text (Ġ is the space
+# before a word): a stranger's text takes about two bytes a token.
 ENGLISH = [
     "the",
     "of",
@@ -282,7 +283,7 @@ ENGLISH = [
     "reverse",
     "capitals",
 ]
-PAIRS = [
+MERGES = "i|n e|s e|r Ġ|s e|n Ġ|c o|n Ġ|p a|r e|d a|l Ġ|b a|t a|n in|g Ġ|t Ġ|d r|e Ġ|m Ġ|f o|u o|r Ġ|w l|e Ġ|a i|c h|e t|s Ġ|e i|t i|l Ġ|g i|on r|o t|h i|s a|s a|c o|m en|t e|l u|s Ġ|l er|s e|t i|d o|l Ġs|t e|c Ġ|re Ġ|n Ġ|h Ġ|r o|w a|y i|v g|h a|m c|e Ġ|in ou|n al|l d|s a|g i|r o|o i|m c|h u|r T|he u|l T|h er|e k|s u|n u|t a|in i|es Ġd|o l|y at|ion Ġs|p q|u t|er o|s at|e es|s Ġp|ro i|gh Ġ|v e|ed ou|r a|v Ġc|h Ġc|om p|p an|d u|m".split()  # noqa: E501
     "th",
     "he",
     "in",
@@ -435,7 +436,7 @@ def rows(seed: int) -> list[dict[str, Any]]:
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token ids and merges: markers, the 256 bytes, letter pairs, and whole words with the space before them."""
+    """Token ids and merges: markers, the 256 bytes, parts of words, and whole words with the space before them."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -449,9 +450,10 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
         *letters,
     ]
     words += [*letters.upper(), *"0123456789", *".,:;?!-+*/=$%()<>\"'"]
+    merges = [(left, right) for left, right in (merge.split("|") for merge in MERGES)]
     markers = [PAD, BOS, EOS, *(f"<|{role}|>" for role in ROLES)]
-    tokens = dict.fromkeys([*markers, *sorted(ByteLevel.alphabet()), *PAIRS, *(f"Ġ{word}" for word in words)])
-    return {token: i for i, token in enumerate(tokens)}, [(pair[0], pair[1]) for pair in PAIRS]
+    tokens = dict.fromkeys([*markers, *sorted(ByteLevel.alphabet()), *("".join(m) for m in merges), *(f"Ġ{word}" for word in words)])
+    return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def tokenizer_json() -> str:

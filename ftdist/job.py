@@ -48,7 +48,9 @@ def check(config: dict[str, Any]) -> None:
     schema.check("task", config["task"], _task)
     schema.check("eval", config["eval"], settings)
     schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
-    schema.check("engine", config["engine"], launcher.engine_function(config["engine"].get("name")))
+    engine = launcher.engine_function(config["engine"].get("name"))
+    schema.check("engine", config["engine"], engine)
+    engine(**config["engine"])  # looks at the keys for DeepSpeed
     schema.check("tracking", config["tracking"], tracking.function(config["tracking"].get("name")))
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
@@ -192,6 +194,7 @@ def run(config: dict[str, Any]) -> Path:
             run_dir / "accelerate.yaml",
             launcher.accelerate_file(config["engine"]["name"], count, run_dir / "deepspeed.json"),
         )
+    print(f"starting {count} process{'es' if count > 1 else ''} ({config['engine']['name']}) in {run_dir}", flush=True)
     launcher.run(run_dir, count)
     finish(run_dir)
     return run_dir
@@ -208,7 +211,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         config["strategy"] |= measure(model["path"], run_dir / "snr.json", launcher.cores(), **keys)
     report = json.loads((prepared / "data_report.json").read_text(encoding="utf-8"))
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
-    print(f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}")
+    print(f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}", flush=True)
     if config["engine"]["name"] not in ("single", "ddp"):
         function = launcher.engine_function(config["engine"]["name"])
         rundir.write_json(run_dir / "deepspeed.json", function(**config["engine"]))

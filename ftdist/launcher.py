@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist.errors import FAILED, OK, USAGE, UserError
+from ftdist.errors import FAILED, OK, USAGE, Failed, UserError
 from ftdist.schema import nearest
 from ftdist.trainkeys import fields
 
@@ -131,7 +131,7 @@ def command(run_dir: Path) -> list[str]:
 
 
 def run(run_dir: Path, count: int) -> None:
-    """Start the ranks, wait, and leave no process behind. UserError carries the first failing rank's own words."""
+    """Start the ranks, wait, and leave no process behind. Failed or UserError carry the first failing rank's own words."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     environment["TOKENIZERS_PARALLELISM"] = "false"
@@ -151,17 +151,14 @@ def run(run_dir: Path, count: int) -> None:
             signal.signal(signal.SIGTERM, previous)
             _stop(child)
     if status != OK:
-        raise RankFailure(first_error(run_dir))
+        raise _failure(first_error(run_dir))
 
 
-class RankFailure(Exception):
-    """A rank failed: its own message, and the log that has the rest."""
-
-    def __init__(self, error: dict[str, Any]) -> None:
-        super().__init__(error["message"])
-        self.status = error.get("status", FAILED)
-        self.text = f"rank {error['rank']}: {error['message']}" if error["status"] != USAGE else error["message"]
-        self.log = error["log"]
+def _failure(error: dict[str, Any]) -> Exception:
+    """What a rank said, as this process would have said it."""
+    if error["status"] == USAGE:
+        return UserError(error["message"])
+    return Failed(f"rank {error['rank']}: {error['message']} (log: {error['log']})")
 
 
 def first_error(run_dir: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ftdist.errors import UserError
 def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
     """The end of an error message: the right name if one is close, else all of them."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"did you mean {prefix}{match[0]}?" if match else "known: " + ", ".join(sorted(known))
+    return f"did you mean {prefix}{match[0]}?" if match else "known: " + (", ".join(sorted(known)) or "none")
 
 
 def keys_of(function: Callable[..., Any], context: Collection[str] = ()) -> list[str]:

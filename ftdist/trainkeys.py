@@ -187,7 +187,7 @@ def _check_value(key: str, value: Any, annotation: str, choices: tuple[Any, ...]
     import pydantic
 
     allowed = choices or _enum_values(annotation)
-    if allowed and not isinstance(value, bool) and value is not None:
+    if allowed and not isinstance(value, bool) and not (value is None and "None" in annotation):
         if value not in allowed:
             raise UserError(f"train.{key}={value}: {nearest(str(value), [str(a) for a in allowed])}")
         return
@@ -201,6 +201,8 @@ def _check_value(key: str, value: Any, annotation: str, choices: tuple[Any, ...]
         reason = failure.errors()[0]["msg"].replace("Input should be", "should be")
         raise UserError(f"train.{key}={value}: {reason[0].lower() + reason[1:]}")
     if isinstance(number, (int, float)) and not isinstance(number, bool):
+        if key == "max_steps" and number < 1 and number != -1:
+            raise UserError(f"train.max_steps={value}: should be at least 1, or -1 for train.num_train_epochs")
         if key in AT_LEAST and number < AT_LEAST[key]:
             raise UserError(f"train.{key}={value}: should be at least {AT_LEAST[key]}")
         if key in ABOVE and number <= ABOVE[key]:

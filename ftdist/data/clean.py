@@ -43,7 +43,6 @@ class Rules:
     scripts: tuple[str, ...] | None
     min_script_share: float
     shingle: int | None  # words a shingle; None = near-duplicates are not looked for
-    permutations: int
     bands: int
     band_rows: int
     ngram: int | None  # words an n-gram; None = no decontamination

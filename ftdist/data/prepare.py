@@ -122,7 +122,7 @@ def prepare(
     if (final / "data_report.json").is_file():
         return final
 
-    lsh = _bands(near_threshold, near_permutations) if near_duplicates != "off" else (0, 0)
+    lsh = lsh_bands(near_threshold, near_permutations) if near_duplicates != "off" else (0, 0)
     rules = Rules(
         task=task,
         sources=tuple(sources),
@@ -134,7 +134,6 @@ def prepare(
         scripts=tuple(scripts) if scripts is not None else None,
         min_script_share=min_script_share,
         shingle=near_shingle if near_duplicates != "off" else None,
-        permutations=near_permutations,
         bands=lsh[0],
         band_rows=lsh[1],
         ngram=contamination_ngram if decontaminate else None,
@@ -221,12 +220,17 @@ def _check(columns: dict[str, str], scripts: list[str] | None, overlong: str, ta
         raise UserError(f"task={task}: data can be prepared for sft and dpo")
 
 
-def _bands(threshold: float, permutations: int) -> tuple[int, int]:
-    """(bands, rows a band) of the LSH. Candidates are verified, so recall weighs more than precision here."""
-    from datasketch import MinHashLSH
+def lsh_bands(threshold: float, permutations: int) -> tuple[int, int]:
+    """(bands, rows a band) of the LSH: as many rows as leave a pair at the threshold a chance of 99.5 % to be found.
 
-    lsh = MinHashLSH(threshold=threshold, num_perm=permutations, weights=(0.1, 0.9))
-    return int(lsh.b), int(lsh.r)
+    Candidates are verified, so bands that let too many through cost time, not correctness.
+    """
+    found = 0.995
+    for rows in range(permutations, 1, -1):
+        bands = permutations // rows
+        if 1 - (1 - threshold**rows) ** bands >= found:
+            return bands, rows
+    return permutations, 1
 
 
 # --- first pass -----------------------------------------------------------------------------------

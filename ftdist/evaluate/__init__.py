@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ftdist.errors import OK, UserError
+from ftdist.errors import OK, Failed, UserError
 
 
 def settings(
@@ -29,4 +29,4 @@ def evaluate(run_dir: Path, wanted: dict[str, Any]) -> None:
     values = [str(wanted[key]) for key in ("samples", "max_new_tokens", "batch_size", "show")]
     done = subprocess.run([sys.executable, "-m", "ftdist.evaluate.answers", str(run_dir), *values], check=False)
     if done.returncode != OK:
-        raise UserError(f"{run_dir}: the evaluation failed (exit status {done.returncode}); the run itself is whole")
+        raise Failed(f"the evaluation failed (exit status {done.returncode}); the run in {run_dir} is whole")

@@ -34,6 +34,7 @@ CONFIGS = {"llama": LlamaConfig, "phi3": Phi3Config, "qwen2": Qwen2Config, "mist
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> list[dict[str, list[int]]]:
     from data_help import DEFAULTS
+
     from ftdist.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("packed")

@@ -73,7 +73,8 @@ GENERATION = (
 TOOLS = (
     "{%- if tools %}{{- '<|im_start|>system\n' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}"
     "{{- '<|im_end|>\n' }}{%- endif %}{%- for m in messages %}{%- if m.role == 'assistant' %}"
-    "{{- '<|im_start|>assistant\n' }}{%- if m.content %}{{- m.content }}{%- endif %}{%- for call in m.tool_calls or [] %}"
+    "{{- '<|im_start|>assistant\n' }}{%- if m.content %}{{- m.content }}{%- endif %}"
+    "{%- for call in m.tool_calls or [] %}"
     "{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}{%- else %}"
     "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"

@@ -30,6 +30,7 @@ def overrides(strategy, engine, accumulation):
         *OVERRIDES[strategy],
         f"engine={engine}",
         f"cluster.processes={processes}",
+        "cluster.oversubscribe=true",
         f"train.per_device_train_batch_size={micro}",
         f"train.gradient_accumulation_steps={accumulation}",
         f"train.max_steps={STEPS}",
