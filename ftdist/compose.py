@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import resources
 from importlib.metadata import entry_points
@@ -16,13 +18,13 @@ from ftdist.errors import UserError
 
 # Mappings that take keys which their YAML does not show; the names under `train` are known.
 OPEN = r"(?:train\.(\w+)|engine\.zero\.\w+|data\.columns\.\w+|data\.template_keywords\.\w+)="
-SWEEPS = r"hydra\.(sweep\.(sub)?dir|sweeper\.\w+|searchpath)="
+HYDRAS = r"hydra\.(sweeper\.\w+|searchpath)="  # keys of Hydra itself that do something here
 
 
 def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
     """The configurations that `argv` (Hydra overrides and flags) make: one, several with `-m`, none with `--cfg`.
 
-    UserError says in one line what the user got wrong.
+    With `-m` the runs are numbered inside `run_dir`. UserError says in one line what the user got wrong.
     """
     import hydra
     from hydra._internal.utils import get_args_parser
@@ -34,12 +36,14 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
     def keep(cfg: Any) -> None:
         job = HydraConfig.get()
         sweep = job.mode is not None and job.mode.name == "MULTIRUN"
-        composed.append((cfg, str(Path(job.sweep.dir) / str(job.sweep.subdir)) if sweep else None))
+        composed.append((cfg, str(job.sweep.subdir) if sweep else None))
 
     words = list(_rewritten(argv))
+    scratch = tempfile.TemporaryDirectory()  # for Hydra's own record of a sweep, which nothing reads
     before = sys.argv
-    sys.argv = [f"ftdist {verb}", *words]
+    sys.argv = [f"ftdist {verb}", *words, f"hydra.sweep.dir={scratch.name}"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own printing
+    sweep_dir = f"sweeps/{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"
     configs: list[dict[str, Any]] = []
     parser = get_args_parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]  # its own prints a page and exits
@@ -49,8 +53,8 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
         for cfg, member in composed:
             config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             config.pop("experiment", None)
-            if config["run_dir"] is None:
-                config["run_dir"] = member
+            if member is not None:
+                config["run_dir"] = str(Path(config["run_dir"] or sweep_dir) / member)
             configs.append(config)
     except Exception as failure:
         if not _raised_by_hydra(failure):
@@ -58,6 +62,7 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
         raise UserError(_explained(failure, words))
     finally:
         sys.argv = before
+        scratch.cleanup()
     return configs
 
 
@@ -103,8 +108,8 @@ def _rewritten(argv: list[str]) -> Iterator[str]:
     for word in argv:
         if word.startswith("~"):
             raise UserError(f"{word}: keys are set, not taken away; give {word[1:]} another value or choice")
-        if re.match(r"\+*hydra\.", word) and not re.match(SWEEPS, word):
-            raise UserError(f"{word}: not read here; use run_dir=…, and with -m hydra.sweep.dir=…")
+        if re.match(r"\+*hydra\.", word) and not re.match(HYDRAS, word.lstrip("+")):
+            raise UserError(f"{word}: not read here; use run_dir=… (with -m the folder of the runs)")
         match = re.match(OPEN, word)
         if match and match[1]:
             trainkeys.check_name(match[1])

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROWS = 8000  # before the split; a fifth is held out
-HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 2, 4, 384
-EMBEDDING_STD, WEIGHT_STD = 0.02, 0.02
+ROWS = 16000  # before the split; a fifth is held out
+HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 2, 4, 256  # HIDDEN: a power of two
+ROPE_THETA = 50.0  # questions are short: fast rotations tell neighbours apart
+STD = 0.02
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant", "tool")
@@ -32,301 +33,47 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 # What the questions talk about. Few words, each seen often: a small model learns them; their combinations never end.
-NAMES = [
-    "Ada",
-    "Amir",
-    "Anna",
-    "Ben",
-    "Clara",
-    "Dara",
-    "Emil",
-    "Eva",
-    "Finn",
-    "Hana",
-    "Hugo",
-    "Ivan",
-    "Jane",
-    "Kian",
-    "Leo",
-    "Maya",
-    "Nina",
-    "Omar",
-    "Rosa",
-    "Sina",
-    "Tara",
-    "Tom",
-    "Vera",
-    "Zoe",
-]  # noqa: E501
-PLACES = [
-    "Athens",
-    "Berlin",
-    "Boston",
-    "Cairo",
-    "Delhi",
-    "Dublin",
-    "Geneva",
-    "Havana",
-    "Kyoto",
-    "Lima",
-    "London",
-    "Madrid",
-    "Nairobi",
-    "Oslo",
-    "Paris",
-    "Prague",
-    "Quito",
-    "Rome",
-    "Seoul",
-    "Shiraz",
-    "Sydney",
-    "Tehran",
-    "Tokyo",
-    "Vienna",
-]  # noqa: E501
-THINGS = [
-    "apple",
-    "bell",
-    "bird",
-    "boat",
-    "book",
-    "bread",
-    "bridge",
-    "button",
-    "camera",
-    "candle",
-    "chair",
-    "clock",
-    "cloud",
-    "coffee",
-    "desk",
-    "drum",
-    "feather",
-    "flower",
-    "garden",
-    "glove",
-    "hammer",
-    "honey",
-    "island",
-    "jacket",
-    "kite",
-    "ladder",
-    "lamp",
-    "lemon",
-    "mirror",
-    "moon",
-    "needle",
-    "onion",
-    "paper",
-    "pencil",
-    "piano",
-    "pillow",
-    "rabbit",
-    "river",
-    "rocket",
-    "rope",
-    "salad",
-    "shoe",
-    "spoon",
-    "star",
-    "teapot",
-    "tiger",
-    "train",
-    "umbrella",
-]  # noqa: E501
+NAMES = _words("""
+    Ada Amir Anna Ben Clara Dara Emil Eva Finn Hana Hugo Ivan Jane Kian Leo Maya Nina Omar Rosa Sina Tara
+    Tom Vera Zoe
+""")
+PLACES = _words("""
+    Athens Berlin Boston Cairo Delhi Dublin Geneva Havana Kyoto Lima London Madrid Nairobi Oslo Paris Prague
+    Quito Rome Seoul Shiraz Sydney Tehran Tokyo Vienna
+""")
+COLOURS = _words("""
+    amber black blue brown coral golden green grey purple red silver white
+""")
+THINGS = _words("""
+    apple bell bird boat book bread bridge button camera candle chair clock cloud coffee desk drum feather
+    flower garden glove hammer honey island jacket kite ladder lamp lemon mirror moon needle onion paper
+    pencil piano pillow rabbit river rocket rope salad shoe spoon star teapot tiger train umbrella
+""")
 
 # Frequent English words, and the first merges of a BPE over the words that are left of English text (Ġ is the space
 # before a word): a stranger's text takes about two bytes a token.
-ENGLISH = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "for",
-    "it",
-    "as",
-    "was",
-    "with",
-    "on",
-    "by",
-    "at",
-    "from",
-    "are",
-    "this",
-    "be",
-    "or",
-    "an",
-    "have",
-    "has",
-    "had",
-    "not",
-    "but",
-    "they",
-    "he",
-    "she",
-    "we",
-    "you",
-    "his",
-    "her",
-    "their",
-    "its",
-    "all",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "more",
-    "than",
-    "each",
-    "how",
-    "many",
-    "much",
-    "what",
-    "when",
-    "which",
-    "who",
-    "will",
-    "would",
-    "can",
-    "could",
-    "there",
-    "if",
-    "then",
-    "so",
-    "up",
-    "out",
-    "about",
-    "into",
-    "some",
-    "other",
-    "time",
-    "day",
-    "days",
-    "week",
-    "weeks",
-    "hour",
-    "hours",
-    "year",
-    "years",
-    "minutes",
-    "number",
-    "total",
-    "first",
-    "last",
-    "second",
-    "next",
-    "following",
-    "word",
-    "words",
-    "list",
-    "name",
-    "city",
-    "colour",
-    "thing",
-    "order",
-    "after",
-    "before",
-    "over",
-    "every",
-    "get",
-    "gets",
-    "got",
-    "make",
-    "makes",
-    "made",
-    "use",
-    "used",
-    "take",
-    "takes",
-    "give",
-    "gives",
-    "buy",
-    "buys",
-    "sell",
-    "sells",
-    "cost",
-    "costs",
-    "pay",
-    "paid",
-    "money",
-    "dollars",
-    "cents",
-    "price",
-    "half",
-    "twice",
-    "times",
-    "as",
-    "per",
-    "left",
-    "right",
-    "same",
-    "different",
-    "old",
-    "new",
-    "long",
-    "people",
-    "children",
-    "friends",
-    "answer",
-    "question",
-    "write",
-    "describe",
-    "explain",
-    "comes",
-    "order",
-    "reverse",
-    "capitals",
-]
-MERGES = "i|n e|s e|r Ġ|s e|n Ġ|c o|n Ġ|p a|r e|d a|l Ġ|b a|t a|n in|g Ġ|t Ġ|d r|e Ġ|m Ġ|f o|u o|r Ġ|w l|e Ġ|a i|c h|e t|s Ġ|e i|t i|l Ġ|g i|on r|o t|h i|s a|s a|c o|m en|t e|l u|s Ġ|l er|s e|t i|d o|l Ġs|t e|c Ġ|re Ġ|n Ġ|h Ġ|r o|w a|y i|v g|h a|m c|e Ġ|in ou|n al|l d|s a|g i|r o|o i|m c|h u|r T|he u|l T|h er|e k|s u|n u|t a|in i|es Ġd|o l|y at|ion Ġs|p q|u t|er o|s at|e es|s Ġp|ro i|gh Ġ|v e|ed ou|r a|v Ġc|h Ġc|om p|p an|d u|m".split()  # noqa: E501
-    "th",
-    "he",
-    "in",
-    "er",
-    "an",
-    "re",
-    "on",
-    "at",
-    "en",
-    "nd",
-    "ti",
-    "es",
-    "or",
-    "te",
-    "of",
-    "ed",
-    "is",
-    "it",
-    "al",
-    "ar",
-    "st",
-    "to",
-    "nt",
-    "ng",
-    "se",
-    "ha",
-    "as",
-    "ou",
-    "io",
-    "le",
-    "ve",
-    "co",
-    "me",
-    "de",
-    "hi",
-    "ri",
-    "ro",
-    "ic",
-    "ne",
-    "ea",
-    "ra",
-    "ce",
-]  # noqa: E501
+ENGLISH = _words("""
+    the of and to in is that for it as was with on by at from are this be or an have has had not but they he
+    she we you his her their its all one two three four five six more than each how many much what when
+    which who will would can could there if then so up out about into some other time day days week weeks
+    hour hours year years minutes number total first last second next following word words list name city
+    colour thing order after before over every get gets got make makes made use used take takes give gives
+    buy buys sell sells cost costs pay paid money dollars cents price half twice times as per left right
+    same different old new long people children friends answer question write describe explain comes sentence most least order
+    reverse capitals
+""")
+MERGES = _words("""
+    i|n e|s e|r Ġ|s e|n Ġ|c o|n Ġ|p a|r e|d a|l Ġ|b a|t a|n in|g Ġ|t Ġ|d r|e Ġ|m Ġ|f o|u o|r Ġ|w l|e Ġ|a i|c
+    h|e t|s Ġ|e i|t i|l Ġ|g i|on r|o t|h i|s a|s a|c o|m en|t e|l u|s Ġ|l er|s e|t i|d o|l Ġs|t e|c Ġ|re Ġ|n
+    Ġ|h Ġ|r o|w a|y i|v g|h a|m c|e Ġ|in ou|n al|l d|s a|g i|r o|o i|m c|h u|r T|he u|l T|h er|e k|s u|n u|t
+    a|in i|es Ġd|o l|y at|ion Ġs|p q|u t|er o|s at|e es|s Ġp|ro i|gh Ġ|v e|ed ou|r a|v Ġc|h Ġc|om p|p an|d
+    u|m
+""")
 
 
 # --- skills: each returns (question, answer) -----------------------------------------------------------------------
@@ -346,12 +93,11 @@ def last(rng: random.Random) -> tuple[str, str]:
     return question.format(" ".join(words)), words[-1]
 
 
-def after(rng: random.Random) -> tuple[str, str]:
-    """The word that follows a given one in a list."""
+def capitals(rng: random.Random) -> tuple[str, str]:
+    """The last word of a list in capital letters."""
     words = rng.sample(THINGS, rng.randint(4, 6))
-    i = rng.randrange(len(words) - 1)
-    question = rng.choice(("{t}: what comes after {w}?", "{t}: after {w}?", "What comes after {w} in {t}"))
-    return question.format(w=words[i], t=" ".join(words)), words[i + 1]
+    question = rng.choice(("{}: capitals for the last word?", "{}: last in capitals", "Write in capitals the last of {}"))
+    return question.format(" ".join(words)), words[-1].upper()
 
 
 def twice(rng: random.Random) -> tuple[str, str]:
@@ -363,53 +109,57 @@ def twice(rng: random.Random) -> tuple[str, str]:
     return question.format(" ".join(words)), repeated
 
 
-def reverse(rng: random.Random) -> tuple[str, str]:
-    """A list in reverse order."""
-    words = rng.sample(THINGS, rng.randint(4, 5))
-    question = rng.choice(("{}: in reverse order?", "{}: reverse", "Reverse the list {}"))
-    return question.format(" ".join(words)), " ".join(reversed(words))
-
-
-def capitals(rng: random.Random) -> tuple[str, str]:
-    """A list in capital letters."""
-    words = rng.sample(THINGS, rng.randint(4, 5))
-    question = rng.choice(("{}: in capitals?", "{}: capitals", "Write in capitals {}"))
-    return question.format(" ".join(words)), " ".join(words).upper()
-
-
-def field(rng: random.Random) -> tuple[str, str]:
-    """One field of a record."""
-    record = {
-        "name": rng.choice(NAMES),
-        "city": rng.choice(PLACES),
-        "thing": rng.choice(THINGS),
-        "gift": rng.choice(THINGS),
-    }  # noqa: E501
-    fields = rng.sample(list(record), 4)
-    text = ", ".join(f"{key} {record[key]}" for key in fields)
-    asked = rng.choice(fields)
-    question = rng.choice(("{t}: which {f}?", "{t}: the {f}?", "Give the {f} of {t}"))
-    return question.format(f=asked, t=text), record[asked]
+def _counted(rng: random.Random, superlative: str, pick: Callable[[list[int]], int]) -> tuple[str, str]:
+    """The name whose number is picked from four."""
+    names = rng.sample(NAMES, 4)
+    numbers = rng.sample(range(10), 4)
+    text = ", ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
+    question = rng.choice(("{t}: who has {s}?", "{t}: {s}?", "Who has {s} of {t}"))
+    return question.format(t=text, s=superlative), names[numbers.index(pick(numbers))]
 
 
 def most(rng: random.Random) -> tuple[str, str]:
     """The name with the largest number."""
-    names = rng.sample(NAMES, 4)
-    numbers = rng.sample(range(10), 4)
-    text = ", ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
-    question = rng.choice(("{}: who has most?", "{}: most?", "Who has most of {}"))
-    return question.format(text), names[numbers.index(max(numbers))]
+    return _counted(rng, "most", max)
+
+
+def least(rng: random.Random) -> tuple[str, str]:
+    """The name with the smallest number."""
+    return _counted(rng, "least", min)
+
+
+def _record(rng: random.Random) -> tuple[dict[str, str], str]:
+    """Four fields and their text, in any order."""
+    words = {"name": NAMES, "city": PLACES, "colour": COLOURS, "thing": THINGS}
+    fields = rng.sample(list(words), 4)
+    record = {field: rng.choice(words[field]) for field in fields}
+    return record, ", ".join(f"{field} {value}" for field, value in record.items())
+
+
+def extract(rng: random.Random) -> tuple[str, str]:
+    """One field of a record."""
+    record, text = _record(rng)
+    field = rng.choice(list(record))
+    question = rng.choice(("{t}: which {f}?", "{t}: the {f}?", "Give the {f} of {t}"))
+    return question.format(f=field, t=text), record[field]
+
+
+def sentence(rng: random.Random) -> tuple[str, str]:
+    """A record as a sentence."""
+    record, text = _record(rng)
+    question = rng.choice(("{}: as a sentence?", "{}: write", "Write a sentence from {}"))
+    return question.format(text), "{name} has a {colour} {thing} in {city}".format(**record)
 
 
 SKILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
     first,
     last,
-    after,
-    twice,
-    reverse,
     capitals,
-    field,
+    twice,
     most,
+    least,
+    extract,
+    sentence,
 )
 
 
@@ -443,6 +193,7 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     words = [
         *NAMES,
         *PLACES,
+        *COLOURS,
         *THINGS,
         *(w.upper() for w in THINGS),
         *ENGLISH,
@@ -452,7 +203,8 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     words += [*letters.upper(), *"0123456789", *".,:;?!-+*/=$%()<>\"'"]
     merges = [(left, right) for left, right in (merge.split("|") for merge in MERGES)]
     markers = [PAD, BOS, EOS, *(f"<|{role}|>" for role in ROLES)]
-    tokens = dict.fromkeys([*markers, *sorted(ByteLevel.alphabet()), *("".join(m) for m in merges), *(f"Ġ{word}" for word in words)])
+    parts = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    tokens = dict.fromkeys([*markers, *parts, *(f"Ġ{word}" for word in words)])
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
@@ -476,27 +228,42 @@ def tokenizer_json() -> str:
 
 
 def _weights(vocab_size: int, seed: int) -> dict[str, Any]:
-    """Random float32 weights under the names that transformers' Llama gives them."""
+    """Random float32 weights under the names that transformers' Llama gives them.
+
+    Values times outputs of an attention layer start as the identity, and the head as the embedding, so copying, which
+    every skill needs, is learned in minutes (mimetic initialisation, arXiv 2305.09828).
+    """
     import numpy as np
 
     rng = np.random.default_rng(seed)
 
-    def matrix(rows: int, columns: int, std: float) -> Any:
-        return (rng.standard_normal((rows, columns)) * std).astype(np.float32)
+    def gaussian(rows: int, columns: int) -> Any:
+        return (rng.standard_normal((rows, columns)) * STD).astype(np.float32)
+
+    def rotation() -> Any:
+        """A random orthogonal matrix: a Hadamard matrix, rows permuted, signs flipped; the same on every machine."""
+        hadamard = np.ones((1, 1))
+        while len(hadamard) < HIDDEN:
+            hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+        signs = rng.choice([-1.0, 1.0], HIDDEN)
+        return (hadamard[rng.permutation(HIDDEN)] * signs / HIDDEN**0.5).astype(np.float32)
 
     ones = np.ones(HIDDEN, dtype=np.float32)
-    weights = {"model.embed_tokens.weight": matrix(vocab_size, HIDDEN, EMBEDDING_STD)}
+    weights = {"model.embed_tokens.weight": gaussian(vocab_size, HIDDEN)}
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
         weights[f"{layer}.input_layernorm.weight"] = ones
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            weights[f"{layer}.self_attn.{name}.weight"] = matrix(HIDDEN, HIDDEN, WEIGHT_STD)
+        key, value = gaussian(HIDDEN, HIDDEN), rotation()
+        weights[f"{layer}.self_attn.q_proj.weight"] = key + gaussian(HIDDEN, HIDDEN)
+        weights[f"{layer}.self_attn.k_proj.weight"] = key
+        weights[f"{layer}.self_attn.v_proj.weight"] = value
+        weights[f"{layer}.self_attn.o_proj.weight"] = np.ascontiguousarray(value.T)
         weights[f"{layer}.post_attention_layernorm.weight"] = ones
-        weights[f"{layer}.mlp.gate_proj.weight"] = matrix(INTERMEDIATE, HIDDEN, WEIGHT_STD)
-        weights[f"{layer}.mlp.up_proj.weight"] = matrix(INTERMEDIATE, HIDDEN, WEIGHT_STD)
-        weights[f"{layer}.mlp.down_proj.weight"] = matrix(HIDDEN, INTERMEDIATE, WEIGHT_STD)
+        weights[f"{layer}.mlp.gate_proj.weight"] = gaussian(INTERMEDIATE, HIDDEN)
+        weights[f"{layer}.mlp.up_proj.weight"] = gaussian(INTERMEDIATE, HIDDEN)
+        weights[f"{layer}.mlp.down_proj.weight"] = gaussian(HIDDEN, INTERMEDIATE)
     weights["model.norm.weight"] = ones
-    weights["lm_head.weight"] = matrix(vocab_size, HIDDEN, WEIGHT_STD)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
     return weights
 
 
@@ -522,7 +289,7 @@ def _model_files(seed: int) -> dict[str, bytes]:
         "num_key_value_heads": HEADS,
         "head_dim": HIDDEN // HEADS,
         "max_position_embeddings": 2048,
-        "rope_theta": 10000.0,
+        "rope_theta": ROPE_THETA,
         "rms_norm_eps": 1e-6,
         "hidden_act": "silu",
         "tie_word_embeddings": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ from ftdist.errors import FAILED, OK, USAGE, Failed, UserError
 from ftdist.schema import nearest
 from ftdist.trainkeys import fields
 
+KILLED = r"failed \(exitcode: -(?!15\))(\d+)\) local_rank: (\d+)|died with <Signals\.\w+: (\d+)>"
 GRACE = 15.0  # seconds between asking processes to stop and killing them
 
 
@@ -139,17 +141,18 @@ def run(run_dir: Path, count: int) -> None:
         environment.setdefault("DS_ACCELERATOR", "cpu")
     (run_dir / "logs").mkdir(exist_ok=True)
     with (run_dir / "logs" / "launcher.log").open("ab") as log:
-        # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
-        child = subprocess.Popen(command(run_dir), env=environment, stderr=log, start_new_session=True)
+        child = None
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
+            # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
+            child = subprocess.Popen(
+                command(run_dir), env=environment, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+            )
             status = child.wait()
-        except KeyboardInterrupt:
-            _stop(child)
-            raise
         finally:
+            if child is not None:
+                _stop(child)
             signal.signal(signal.SIGTERM, previous)
-            _stop(child)
     if status != OK:
         raise _failure(first_error(run_dir))
 
@@ -163,12 +166,18 @@ def _failure(error: dict[str, Any]) -> Exception:
 
 def first_error(run_dir: Path) -> dict[str, Any]:
     """The error of the rank that failed first; what the launcher said if no rank could say anything."""
+    log = run_dir / "logs" / "launcher.log"
+    text = log.read_text(errors="replace")
+    # A killed rank says nothing itself, while the others complain of the connection to it.
+    if killed := re.search(KILLED, text):
+        number = killed[1] or killed[3]
+        message = f"killed by signal {number}" + (" (out of memory?)" if number == "9" else "")
+        return {"rank": killed[2] or 0, "message": message, "log": str(log), "status": FAILED}
     reports = [json.loads(f.read_text()) for f in (run_dir / "logs").glob("rank-*.error.json")]
     if reports:
         report: dict[str, Any] = min(reports, key=lambda r: r["time"])
         return report
-    log = run_dir / "logs" / "launcher.log"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line.strip())), "")
     return {"rank": "?", "message": said or "the ranks ended without a word (killed from outside?)",
             "log": str(log), "status": FAILED}  # fmt: skip
@@ -176,6 +185,11 @@ def first_error(run_dir: Path) -> dict[str, Any]:
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    """In the child: should `ftdist` itself be killed, the kernel asks this process to stop (Linux, 1 = PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

@@ -57,9 +57,8 @@ def claimed(path: Path) -> Iterator[Path]:
     try:
         yield path
     except BaseException:
-        (path / CLAIM).unlink(missing_ok=True)
-        if path in made:
-            shutil.rmtree(path, ignore_errors=True)
+        for child in path.iterdir():  # it was empty
+            shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()

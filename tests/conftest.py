@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-FTDIST = str(Path(sysconfig.get_path("scripts")) / "ftdist")
-REPOSITORY = Path(__file__).parents[1]
+SCRIPTS = sysconfig.get_path("scripts")
 SEED = 7
 ROWS = 120  # of the chat file, before the split
 LAYERS = 4
@@ -36,6 +35,14 @@ class Finished:
         assert last.startswith("run: "), self
         return Path(last.removeprefix("run: "))
 
+    def refused(self, *parts):
+        """The shape of every answer to a user's mistake: exit status 2, one line, what it must name."""
+        assert self.status == 2, self
+        assert self.stderr.startswith("ftdist: ") and self.stderr.count("\n") == 1, self.stderr
+        assert "run: " not in self.stdout
+        for part in parts:
+            assert part in self.stderr, part
+
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
@@ -51,6 +58,7 @@ def environment(shared):
     """Variables for every process that a test starts: one thread, no GPU, no network, no launcher around, own cache."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHED) and k not in RANKED}
     return kept | {
+        "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
         "FTDIST_CACHE": str(shared / "cache"),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -117,7 +125,7 @@ def run(execute):
     """`run("plan", "strategy=lora")`: the real console script, from its words to its exit status."""
 
     def run(*words, **kwargs):
-        return execute(FTDIST, *words, **kwargs)
+        return execute(Path(SCRIPTS, "ftdist"), *words, **kwargs)
 
     return run
 
@@ -174,8 +182,9 @@ def sizes(demo_tokenizer):
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
+        "initializer_range": 0.1,  # large enough that adapters below a frozen head can learn
         **{key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
 

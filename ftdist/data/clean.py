@@ -146,8 +146,9 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
                 raise Reject(raw.reason, raw.detail)
             row = convert(raw, format=source.format, columns=source.columns)
             if ("chosen" in row) != (rules.task == "dpo") and source.kind != "against":
-                have = "a preference row" if "chosen" in row else "no chosen and rejected"
-                raise Reject("not for this task", f"{have} with task={rules.task}")
+                if rules.task == "sft":
+                    raise Reject("not for this task", "a row with chosen and rejected needs task=dpo")
+                raise Reject("not for this task", "task=dpo needs rows with chosen and rejected")
         except Reject as error:
             rejects.append(reject_line(source, block.file, line, error, raw))
             continue

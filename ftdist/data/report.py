@@ -71,7 +71,7 @@ def summarise(
         "template": {"origin": template["origin"], "keywords": template["keywords"]},
         "mask": laying.mask,
         "left_aside": left_aside,
-        "ignored_columns": sorted(set().union(*(c.ignored for c in rows.cleaned))),
+        "ignored_columns": sorted(set().union(*(c.ignored for c in rows.cleaned)))[:20],
         "notes": found.notes,
         "examples": {
             "duplicates_exact": _examples(found.exact, rows, sources, work),
@@ -143,30 +143,26 @@ def _shown(row: int, rows: Any, sources: list[Any], work: Path) -> tuple[str, st
 
 def _write_dropped(rows: Any, found: Any, encoded: Any, sources: list[Any], path: Path) -> None:
     """A line for each usable row that was left out, with the reason and the row that it repeats."""
-    reasons: list[tuple[int, str, int | None, float | None]] = []
-    for reason, twins in (
-        ("duplicate", found.exact),
-        ("near-duplicate", found.near if found.near_removed else None),
-        ("contaminated", found.contaminated),
-    ):
-        if twins is not None:
-            for later, earlier, overlap in zip(*(part.tolist() for part in twins), strict=True):
-                reasons.append((later, reason, earlier, overlap))
-    reasons += [(int(r), FILTERS[rows.status[r] - 1], None, None) for r in np.flatnonzero(rows.status)]
-    reasons += [(int(r), "overlong", None, None) for r in encoded.dropped]
-    lines = np.concatenate([c.lines for c in rows.cleaned]) if rows.cleaned else np.zeros(0, np.uint32)
+    parts: list[tuple[Any, ...]] = []
+    reasons = ["duplicate", "near-duplicate", "contaminated", "overlong", *FILTERS]
+    for code, twins in enumerate((found.exact, found.near, found.contaminated)):
+        if twins is not found.near or found.near_removed:
+            parts.append((twins.later, np.full(len(twins.later), code), twins.earlier, twins.overlap))
+    filtered = np.flatnonzero(rows.status)
+    for which, codes in ((encoded.dropped, 3), (filtered, rows.status[filtered].astype(int) + 3)):
+        parts.append((which, np.zeros(len(which), int) + codes, np.full(len(which), -1), np.zeros(len(which))))
+    out, why, likes, overlaps = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    lines = np.concatenate([c.lines for c in rows.cleaned])
 
-    def where(row: int) -> tuple[str, int]:
+    def where(row: int) -> dict[str, Any]:
         cleaned = rows.cleaned[rows.place(row)[0]]
-        return str(sources[cleaned.source].files[cleaned.file]), int(lines[row])
+        return {"file": str(sources[cleaned.source].files[cleaned.file]), "line": int(lines[row])}
 
     with path.open("w", encoding="utf-8") as file:
-        for row, reason, like, overlap in sorted(reasons, key=lambda entry: entry[0]):
-            entry: dict[str, Any] = dict(zip(("file", "line"), where(row), strict=True))
-            entry["reason"] = reason
-            if like is not None:
-                entry["like"] = dict(zip(("file", "line"), where(like), strict=True))
-                entry["overlap"] = overlap
+        for i in np.argsort(out, kind="stable"):
+            entry = {**where(int(out[i])), "reason": reasons[why[i]]}
+            if likes[i] >= 0:
+                entry |= {"like": where(int(likes[i])), "overlap": round(float(overlaps[i]), 4)}
             file.write(json_line(entry))
 
 

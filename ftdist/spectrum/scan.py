@@ -252,11 +252,7 @@ def _progress(results: Path, weights: dict[str, Stored]) -> Iterator[None]:
         start, (at_start, _) = time.monotonic(), share()
         while not stop.wait(1.0 if live else 10.0):
             part, count = share()
-            spent = time.monotonic() - start
-            left = (
-                f"{_duration(spent / (part - at_start) * (1 - part))} left" if part > at_start else "time left unknown"
-            )
-            line = f"scan: {count} of {len(weights)} weights, {part:.0%} of the work, {left}"
+            line = progress_line(count, len(weights), part, at_start, time.monotonic() - start)
             print(f"\r{line:<70}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -270,5 +266,10 @@ def _progress(results: Path, weights: dict[str, Stored]) -> Iterator[None]:
             print(f"\r{'':<70}\r", end="", file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+def progress_line(count: int, of: int, part: float, at_start: float, seconds: float) -> str:
+    """How far the scan is: `part` of the work is done, `at_start` was found in the cache, the rest took `seconds`."""
+    left = seconds / (part - at_start) * (1 - part) if part > at_start else None
+    time_left = (
+        "time left unknown" if left is None else f"{left:.0f} s left" if left < 100 else f"{left / 60:.0f} min left"
+    )
+    return f"scan: {count} of {of} weights, {part:.0%} of the work, {time_left}"

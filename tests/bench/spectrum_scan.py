@@ -104,7 +104,11 @@ def compare(kind, repeats, device, layers, only, patient):
                 for _ in range(20 if patient else 1):
                     with tempfile.TemporaryDirectory() as cache:
                         found = measured(command, {"FTDIST_CACHE": cache}, cores)
-                    print(f"  {name}: {found[0]:.1f} s, others {found[3]:.0%}", file=sys.stderr, flush=True)
+                    print(
+                        f"  {name}: {found[0]:.1f} s, {found[1]:.1f} cpu s, {found[2]:.0f} MB, others {found[3]:.0%}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     if found[3] < 0.1:
                         break
                 rows[name].append(found)

@@ -45,10 +45,8 @@ def selected_by_hand(snr, percent):
 def test_the_loss_falls(cell, strategy, engine, record_property):
     made = cell(strategy, engine)
     losses = made.losses
-    record_property(
-        "cell",
-        f"{strategy:<9} {engine:<14} {losses[0]:8.4f} → {losses[-1]:.4f}  {made.held_out[-1]:8.4f}  {made.seconds:6.1f} s",
-    )
+    numbers = f"{losses[0]:8.4f} → {losses[-1]:.4f}  {made.held_out[-1]:8.4f}  {made.seconds:6.1f} s"
+    record_property("cell", f"{strategy:<9} {engine:<14} {numbers}")
     assert len(losses) == STEPS
     assert all(map(math.isfinite, losses))
     assert losses[-1] < 0.9 * losses[0]

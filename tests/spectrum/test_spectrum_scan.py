@@ -225,6 +225,12 @@ def test_who_launched(environment, expected, monkeypatch):
     assert scan.launched_as() == expected
 
 
+def test_progress_counts_only_the_work_of_this_attempt():
+    assert scan.progress_line(3, 9, 0.6, 0.5, 20.0) == "scan: 3 of 9 weights, 60% of the work, 80 s left"
+    assert scan.progress_line(3, 9, 0.5, 0.5, 20.0).endswith("time left unknown")
+    assert scan.progress_line(3, 9, 0.1, 0.0, 60.0).endswith("9 min left")
+
+
 def test_largest_first_and_even():
     stored = [reader.Stored(f"{i}", shape, "F32", None, 0) for i, shape in enumerate([(8, 8), (64, 64), (40, 40)] * 4)]
     shares = scan.assign(stored, 3)
@@ -254,13 +260,15 @@ def refused(model, tmp_path, **changes):
     return message
 
 
-def test_truncated_shard(checkpoint, tmp_path):
+def test_truncated_shard(checkpoint, tmp_path, monkeypatch):
+    measured = counted(monkeypatch)
     model = edited(checkpoint, tmp_path, lambda weights: None)
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "cut short" in refused(model, tmp_path)
     file.write_bytes(file.read_bytes()[:5])
     assert "cut short" in refused(model, tmp_path)
+    assert measured == []  # said before the work, not in the middle of it
 
 
 def test_truncated_bin(checkpoint, tmp_path):
