@@ -33,6 +33,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+
 def _words(text: str) -> list[str]:
     return text.split()
 
@@ -64,8 +65,8 @@ ENGLISH = _words("""
     hour hours year years minutes number total first last second next following word words list name city
     colour thing order after before over every get gets got make makes made use used take takes give gives
     buy buys sell sells cost costs pay paid money dollars cents price half twice times as per left right
-    same different old new long people children friends answer question write describe explain comes sentence most least order
-    reverse capitals
+    same different old new long people children friends answer question write describe explain comes
+    sentence most order reverse capitals
 """)
 MERGES = _words("""
     i|n e|s e|r Ġ|s e|n Ġ|c o|n Ġ|p a|r e|d a|l Ġ|b a|t a|n in|g Ġ|t Ġ|d r|e Ġ|m Ġ|f o|u o|r Ġ|w l|e Ġ|a i|c
@@ -96,7 +97,7 @@ def last(rng: random.Random) -> tuple[str, str]:
 def capitals(rng: random.Random) -> tuple[str, str]:
     """The last word of a list in capital letters."""
     words = rng.sample(THINGS, rng.randint(4, 6))
-    question = rng.choice(("{}: capitals for the last word?", "{}: last in capitals", "Write in capitals the last of {}"))
+    question = rng.choice(("{}: the last in capitals?", "{}: last in capitals", "In capitals, the last of {}"))
     return question.format(" ".join(words)), words[-1].upper()
 
 
@@ -109,23 +110,13 @@ def twice(rng: random.Random) -> tuple[str, str]:
     return question.format(" ".join(words)), repeated
 
 
-def _counted(rng: random.Random, superlative: str, pick: Callable[[list[int]], int]) -> tuple[str, str]:
-    """The name whose number is picked from four."""
+def most(rng: random.Random) -> tuple[str, str]:
+    """The name with the largest number."""
     names = rng.sample(NAMES, 4)
     numbers = rng.sample(range(10), 4)
     text = ", ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
-    question = rng.choice(("{t}: who has {s}?", "{t}: {s}?", "Who has {s} of {t}"))
-    return question.format(t=text, s=superlative), names[numbers.index(pick(numbers))]
-
-
-def most(rng: random.Random) -> tuple[str, str]:
-    """The name with the largest number."""
-    return _counted(rng, "most", max)
-
-
-def least(rng: random.Random) -> tuple[str, str]:
-    """The name with the smallest number."""
-    return _counted(rng, "least", min)
+    question = rng.choice(("{}: who has most?", "{}: most?", "Who has most of {}"))
+    return question.format(text), names[numbers.index(max(numbers))]
 
 
 def _record(rng: random.Random) -> tuple[dict[str, str], str]:
@@ -157,7 +148,6 @@ SKILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
     capitals,
     twice,
     most,
-    least,
     extract,
     sentence,
 )

@@ -194,7 +194,8 @@ def run(config: dict[str, Any]) -> Path:
             run_dir / "accelerate.yaml",
             launcher.accelerate_file(config["engine"]["name"], count, run_dir / "deepspeed.json"),
         )
-    print(f"starting {count} process{'es' if count > 1 else ''} ({config['engine']['name']}) in {run_dir}", flush=True)
+    world = f"{count} process" + ("es" if count > 1 else "")
+    print(f"starting {world} ({config['engine']['name']}) in {run_dir}", flush=True)
     launcher.run(run_dir, count)
     finish(run_dir)
     return run_dir
@@ -207,11 +208,15 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     prepared = prepared_data(config)
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
+        base = base_of(config, shapes_of(model), measured=False)
         keys = schema.pick(measure, config["strategy"])
-        config["strategy"] |= measure(model["path"], run_dir / "snr.json", launcher.cores(), **keys)
+        config["strategy"] |= measure(base, model["path"], run_dir, launcher.cores(), **keys)
     report = json.loads((prepared / "data_report.json").read_text(encoding="utf-8"))
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
-    print(f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}", flush=True)
+    print(
+        f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}",
+        flush=True,
+    )
     if config["engine"]["name"] not in ("single", "ddp"):
         function = launcher.engine_function(config["engine"]["name"])
         rundir.write_json(run_dir / "deepspeed.json", function(**config["engine"]))
@@ -257,12 +262,17 @@ def shapes_of(model: dict[str, Any]) -> Shapes:
     )
 
 
+def base_of(config: dict[str, Any], shapes: Shapes, measured: bool) -> Base:
+    """What the strategy may know."""
+    dtype = precision(config["train"])
+    stage = stage_of(config["engine"]["name"])
+    return Base(shapes.architecture.parameters, dtype, storage(stage, dtype), measured)
+
+
 def recipe_of(config: dict[str, Any], shapes: Shapes, measured: bool) -> Recipe:
     """What the strategy answers for this model and engine."""
-    dtype = precision(config["train"])
-    base = Base(shapes.architecture.parameters, dtype, storage(stage_of(config["engine"]["name"]), dtype), measured)
     function = find(config["strategy"]["name"])
-    return function(base, **schema.pick(function, config["strategy"]))
+    return function(base_of(config, shapes, measured), **schema.pick(function, config["strategy"]))
 
 
 def stage_of(engine: str) -> int:

@@ -133,7 +133,7 @@ def command(run_dir: Path) -> list[str]:
 
 
 def run(run_dir: Path, count: int) -> None:
-    """Start the ranks, wait, and leave no process behind. Failed or UserError carry the first failing rank's own words."""
+    """Start the ranks, wait, leave no process behind. Failed or UserError carry the first failing rank's own words."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     environment["TOKENIZERS_PARALLELISM"] = "false"

@@ -124,6 +124,16 @@ class Head:
         finally:
             self.targets = None
 
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """While open the loss is the negative log-likelihood, whatever is trained on."""
+        trained = self.smoothing, self.kind
+        self.smoothing, self.kind = 0.0, "nll"
+        try:
+            yield
+        finally:
+            self.smoothing, self.kind = trained
+
 
 def full_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, kind: str) -> torch.Tensor:
     """The same sum from the full logits (B, L, V), for architectures that change logits after the head."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from datetime import timedelta
@@ -25,13 +26,16 @@ def main(argv: list[str]) -> int:
     if "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return cli.main(["train", *argv])  # no launcher around us
     rank = int(os.environ.get("RANK", "0"))
-    store = _store()
+    try:
+        store = _store()
+    except UserError as failure:
+        print(f"ftdist: {failure}", file=sys.stderr)
+        return USAGE
     if rank == 0:
         try:
             run_dir = frozen(argv)
         except (UserError, KeyboardInterrupt) as failure:
             if store is not None:
-                store.set("ftdist/failed", "1")
                 store.set("ftdist/run_dir", "")
             print(f"ftdist: {failure or 'interrupted'}", file=sys.stderr)
             return USAGE if isinstance(failure, UserError) else INTERRUPTED
@@ -58,14 +62,20 @@ def frozen(argv: list[str]) -> Path:
     from ftdist import compose, job, launcher, rundir
 
     engine, deepspeed = _engine()
+    section = _zero_section(deepspeed) if deepspeed else {}
     chosen = [word for word in argv if word.startswith("engine=")]
     if chosen and chosen != [f"engine={engine}"]:
         raise UserError(
             f"{chosen[0]}: the launcher was started for {engine}; leave it out or use launch/{chosen[0][7:]}.yaml"
         )
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for word in argv:
+        if re.match(r"\+*(cluster\b|engine\.)", word):
+            raise UserError(f"{word}: the launcher and its files decide this; leave it out, or use ftdist train")
     given = {"engine": engine, "cluster": "outside", "cluster.nodes": world // local, "cluster.processes": local}
-    words = [word for word in argv if word.split("=")[0] not in given]
+    if engine == "zero3_nvme":
+        given["engine.nvme_path"] = section["offload_param"]["nvme_path"]
+    words = [word for word in argv if word not in chosen]
     configs = compose.compose("train", [*words, *(f"{key}={value}" for key, value in given.items())])
     if len(configs) != 1:
         raise UserError("a launcher runs one configuration: leave out -m and --cfg, or use ftdist train")
@@ -90,10 +100,15 @@ def _engine() -> tuple[str, Path | None]:
         return ("ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"), None
     if not file:
         raise UserError("the launcher uses DeepSpeed without a deepspeed_config_file; use one of launch/*.yaml")
-    section: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+    section = _zero_section(Path(file))
     devices = {part.get("device") for key, part in section.items() if key.startswith("offload_")}
     suffix = "_nvme" if "nvme" in devices else "_offload" if "cpu" in devices else ""
     return f"zero{section.get('stage', 0)}{suffix}", Path(file)
+
+
+def _zero_section(file: Path) -> dict[str, Any]:
+    section: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
+    return section
 
 
 def _store() -> Any:

@@ -51,8 +51,7 @@ class TokenTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.packing = packing
         self.trainable = trainable  # elements that the plan said would be trained
-        self.kind = "dft" if loss_type == "dft" else "nll"
-        self.head = Head(model, self.args.label_smoothing_factor, self.kind)
+        self.head = Head(model, self.args.label_smoothing_factor, "dft" if loss_type == "dft" else "nll")
         forward = inspect.signature(
             model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
         )
@@ -86,7 +85,7 @@ class TokenTrainer(Trainer):
         targets = inputs["targets"]
         with self.head.answering(targets if self.head.usable else None):
             output = self._forward(model, inputs["input_ids"], inputs["position_ids"])
-        return output if self.head.usable else full_loss(output, targets, self.head.smoothing, self.kind)
+        return output if self.head.usable else full_loss(output, targets, self.head.smoothing, self.head.kind)
 
     def _forward(self, model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         positions = {"position_ids": position_ids} if self.takes_positions else {}
@@ -117,7 +116,7 @@ class TokenTrainer(Trainer):
                 targets[:, :-1] = ids.view(2, half)[:, 1:]
                 with self.head.answering(targets):
                     fused = self._forward(model, ids.view(2, half), torch.stack([line, line]))
-                expected = full_loss(apart, targets, self.head.smoothing, self.kind)
+                expected = full_loss(apart, targets, self.head.smoothing, self.head.kind)
                 same = fused.numel() == 1 and torch.allclose(fused.float().sum(), expected, rtol=0.02)
                 if not self._all_agree(same):
                     self.head.usable = False  # logits are scaled or capped after the head: use them as they are
@@ -157,7 +156,7 @@ class TokenTrainer(Trainer):
             if wanted[0] >= len(rows):  # nothing left for this rank, but sharded forwards need every rank
                 batch["targets"].fill_(IGNORED)
             batch = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
+            with self.head.plain(), self.compute_loss_context_manager():
                 totals[0] += self._summed_loss(model, batch).double().sum()
             totals[1] += (batch["targets"] != IGNORED).sum()
         totals = self.accelerator.reduce(totals, "sum")

@@ -162,7 +162,11 @@ def save_tiny(shared, demo_tokenizer):
             from transformers import AutoModelForCausalLM
 
             torch.manual_seed(SEED)
-            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+            built = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for parameter in built.parameters():
+                if parameter.ndim == 1:  # norms start all alike
+                    torch.nn.init.normal_(parameter, 1.0, 0.1)
+            built.save_pretrained(directory)
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(demo_tokenizer / file, directory)
 

@@ -290,7 +290,6 @@ def write(task: tuple[Path, Shard]) -> int:
             of = np.repeat(np.tile([0, 1, 2], len(three)), three.ravel())
             return [(tokens[of == k], three[:, k]) for k in range(3)]
         labels = np.where(marks[index] == 1, tokens, np.int32(IGNORED))
-        labels[ends - lengths] = IGNORED  # nothing predicts a sequence's first token
         count = shard.per_row[start:stop]
         totals = np.add.reduceat(lengths, first[start:stop] - first[start])
         return [(tokens, totals), (labels, totals), (lengths, count), (shard.sources[part], count)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -146,18 +147,19 @@ def prepare(
     work = made / "work"
     work.mkdir()
     try:
-        from ftdist.data.tokens import freeze_tokenizer
-
-        frozen = freeze_tokenizer(
-            tokenizer_path,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            chat_template=chat_template,
-            keywords=template_keywords,
-            to=work / "tokenizer",
-        )
-        with pool(1 if size < _SMALL else count) as processes:
-            cleaned = _clean(rules, work, made, processes)
+        with pool(1 if size < _SMALL else count) as processes, ThreadPoolExecutor(1) as beside:
+            # importing transformers takes seconds in which this process has little else to do
+            loading = beside.submit(
+                _freeze,
+                tokenizer_path,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                chat_template=chat_template,
+                keywords=template_keywords,
+                to=work / "tokenizer",
+            )
+            cleaned = _clean(rules, work, made, processes, loading)
+            frozen = loading.result()
             rows = Rows(cleaned, sources)
             _too_many_rejects(rows.rejected, rows.seen, max_rejects, made, final, sources)
             found = decide(
@@ -236,7 +238,14 @@ def lsh_bands(threshold: float, permutations: int) -> tuple[int, int]:
 # --- first pass -----------------------------------------------------------------------------------
 
 
-def _clean(rules: Rules, work: Path, made: Path, processes: Pool) -> list[Cleaned]:
+def _freeze(path: str, **options: Any) -> dict[str, Any]:
+    from ftdist.data.tokens import freeze_tokenizer
+
+    return freeze_tokenizer(path, **options)
+
+
+def _clean(rules: Rules, work: Path, made: Path, processes: Pool, loading: Future[dict[str, Any]]) -> list[Cleaned]:
+    """The first pass. It stops as soon as the tokenizer turns out to be unusable."""
     progress = Progress("read and clean", "rows")
     result = []
     with (made / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
@@ -249,6 +258,8 @@ def _clean(rules: Rules, work: Path, made: Path, processes: Pool) -> list[Cleane
                 shown["row"] = None
             result.append(replace(cleaned, rejects=example, reject_reasons=reasons))
             progress.add(cleaned.seen)
+            if loading.done():
+                loading.result()
     progress.done()
     return result
 

@@ -28,7 +28,7 @@ Threshold = Literal["reference", "marchenko_pastur"]
 THRESHOLDS: tuple[Threshold, ...] = ("reference", "marchenko_pastur")
 TOLERANCE = 1e-6  # relative, of the SNR
 _EPSILON = 2.0**-52
-_PANEL = 512  # rows of the Gram matrix that are updated at once: half the work of the whole square is left out
+_PANEL = 256  # rows of the Gram matrix that are updated at once: half the work of the whole square is left out
 
 Slices = Callable[[], Iterator["torch.Tensor"]]  # float64 pieces (any length × short side) of a matrix, anew each time
 

@@ -9,7 +9,7 @@ from typing import Literal
 from ftdist.spectrum import names, reader
 from ftdist.spectrum.names import Shape
 from ftdist.spectrum.scan import launched_as, scan
-from ftdist.spectrum.select import Selection, load_scan, select, write_reference_json, write_unfrozen_yaml
+from ftdist.spectrum.select import Scan, Selection, load_scan, select, write_reference_json, write_unfrozen_yaml
 from ftdist.spectrum.snr import Threshold
 
 
@@ -46,10 +46,37 @@ def run(
     )
     if launched_as()[0] != 0:
         return path
-    found = load_scan(path)
+    show(
+        load_scan(path),
+        shapes if shapes is not None else disk_shapes(reader.find(model_path, revision)),
+        output_dir,
+        top_percent=top_percent,
+        types=types,
+        embeddings=embeddings,
+        head=head,
+        norms=norms,
+        trainable_budget=trainable_budget,
+    )
+    print(f"scan: {path}")
+    return path
+
+
+def show(
+    found: Scan,
+    shapes: Mapping[str, Shape],
+    output_dir: Path,
+    *,
+    top_percent: float | None,
+    types: Literal["all"] | list[str],
+    embeddings: bool,
+    head: bool,
+    norms: bool,
+    trainable_budget: float | None,
+) -> None:
+    """Select, write snr_reference.json, snr_unfrozenparameters.yaml and snr.png, print the table."""
     selection = select(
         scan=found,
-        shapes=shapes if shapes is not None else disk_shapes(reader.find(model_path, revision)),
+        shapes=shapes,
         top_percent=top_percent,
         types=types,
         embeddings=embeddings,
@@ -62,9 +89,7 @@ def run(
     write_reference_json(output_dir / "snr_reference.json", found)
     write_unfrozen_yaml(output_dir / "snr_unfrozenparameters.yaml", selection.modules, selection.whole)
     heat_map(output_dir / "snr.png", selection=selection)
-    print(table(selection))
-    print(f"scan: {path}")
-    return path
+    print(table(selection), flush=True)
 
 
 def disk_shapes(model_dir: Path) -> dict[str, Shape]:

@@ -8,7 +8,7 @@ A strategy of another package needs no edit here. It has
   `--config-dir`, or in a package named by an entry point in the group `ftdist.conf`.
 
 A strategy that has to measure the weights before any rank starts has a second function beside it,
-`prepare(model_path, output, processes, *, key: type, ...) -> dict`: the keys that it decides.
+`prepare(base, model_path, output_dir, processes, *, key: type, ...) -> dict`: the keys that it decides.
 """
 
 from __future__ import annotations

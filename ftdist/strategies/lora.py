@@ -47,11 +47,26 @@ def recipe(
 
 
 def prepare(
-    model_path: str, output: Path, processes: int, *, targets: str | list[str], scan: str | None
+    base: Base,
+    model_path: str,
+    output_dir: Path,
+    processes: int,
+    *,
+    targets: str | list[str],
+    top_percent: float | None,
+    scan: str | None,
 ) -> dict[str, Any]:
     """Scan the weights before any rank starts, if adapters go where the SNR is best."""
-    if targets != "spectrum" or scan is not None:
+    if targets != "spectrum":
         return {}
     return spectrum.prepare(
-        model_path, output, processes, parameters=None, scan=None, threshold="reference", group_experts=True
+        base,
+        model_path,
+        output_dir,
+        processes,
+        parameters=None,
+        scan=scan,
+        threshold="reference",
+        group_experts=True,
+        **spectrum.of_matrices(top_percent),
     )

@@ -49,45 +49,65 @@ def recipe(
     return Recipe(quantization=base.nf4(True) | {"llm_int8_skip_modules": whole}, trainable=names)
 
 
+def of_matrices(top_percent: float | None) -> dict[str, Any]:
+    """How adapters select: linear modules of layers, no norms, no embeddings, no head."""
+    percent = USUAL_PERCENT if top_percent is None else top_percent
+    everything_else = dict.fromkeys(("embeddings", "head", "norms"), False)
+    return {"top_percent": percent, "trainable_budget": None, "types": "all", **everything_else}
+
+
 def modules(base: Base, scan: str | None, top_percent: float | None) -> list[str]:
-    """The linear modules with the best SNR of their type, for adapters: no norms, no embeddings, no head."""
-    chosen = select(
-        scan=_scan(base, scan, True),
-        shapes=base.shapes,
-        top_percent=USUAL_PERCENT if top_percent is None else top_percent,
-        types="all",
-        embeddings=False,
-        head=False,
-        norms=False,
-        trainable_budget=None,
-    )
+    """The linear modules with the best SNR of their type."""
+    chosen = select(scan=_scan(base, scan, True), shapes=base.shapes, **of_matrices(top_percent))
     return sorted(module_name(name) for name in chosen.names)
 
 
 def prepare(
+    base: Base,
     model_path: str,
-    output: Path,
+    output_dir: Path,
     processes: int,
     *,
     parameters: str | list[str] | None,
     scan: str | None,
     threshold: Literal["reference", "marchenko_pastur"],
     group_experts: bool,
+    top_percent: float | None,
+    trainable_budget: float | None,
+    types: Literal["all"] | list[str],
+    embeddings: bool,
+    head: bool,
+    norms: bool,
 ) -> dict[str, Any]:
-    """Scan the weights before any rank starts, if nothing else says what to train; the keys that this decides."""
-    if parameters is not None or scan is not None:
+    """Scan the weights before any rank starts, unless a scan or names are given; leave the picture of the selection."""
+    if parameters is not None:
         return {}
     from ftdist.spectrum.scan import scan as measure
+    from ftdist.spectrum.verb import show
 
-    made = measure(
-        model_path=model_path,
-        output=output,
-        processes=processes,
-        device="auto",
-        threshold=threshold,
-        group_experts=group_experts,
+    if scan is None:
+        path = measure(
+            model_path=model_path,
+            output=output_dir / "snr.json",
+            processes=processes,
+            device="auto",
+            threshold=threshold,
+            group_experts=group_experts,
+        )
+    else:
+        path = Path(scan).expanduser().absolute()
+    show(
+        load_scan(path),
+        base.shapes,
+        output_dir,
+        top_percent=top_percent,
+        types=types,
+        embeddings=embeddings,
+        head=head,
+        norms=norms,
+        trainable_budget=trainable_budget,
     )
-    return {"scan": str(made)}
+    return {"scan": str(path)}
 
 
 def _listed(parameters: str | list[str], base: Base) -> frozenset[str]:

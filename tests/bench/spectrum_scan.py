@@ -2,6 +2,8 @@
 
     python tests/bench/spectrum_scan.py checkpoint    shapes of Llama-3.2-1B, random bfloat16 weights, two layers
     python tests/bench/spectrum_scan.py matrix        one weight of 4096 × 14336 (an 8B model's down_proj)
+    python tests/bench/spectrum_scan.py layer         the matrices of one layer of Llama-3.2-1B
+    python tests/bench/spectrum_scan.py embedding     its embedding of 128256 × 2048
     python tests/bench/spectrum_scan.py edge          planted signals: values above each threshold
 
 The peer is `tests/spectrum/plain_reference.py`: the reference tool's algorithm as it stands, the whole model in
@@ -48,13 +50,30 @@ def write_checkpoint(directory, layers):
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
 
 
-def write_matrix(directory, layers):  # noqa: ARG001  no layers in one matrix
+SHAPES = {
+    "matrix": {"mlp.down_proj": (4096, 14336)},  # of an 8B model
+    "embedding": {"embed_tokens": (128256, 2048)},  # this and below: Llama-3.2-1B
+    "layer": {
+        "self_attn.q_proj": (2048, 2048),
+        "self_attn.k_proj": (512, 2048),
+        "self_attn.v_proj": (512, 2048),
+        "self_attn.o_proj": (2048, 2048),
+        "mlp.gate_proj": (8192, 2048),
+        "mlp.up_proj": (8192, 2048),
+        "mlp.down_proj": (2048, 8192),
+    },
+}
+
+
+def write_shapes(directory, kind):
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    weight = (torch.randn(4096, 14336) * 0.02).bfloat16()
-    save_file({"model.layers.0.mlp.down_proj.weight": weight}, directory / "model.safetensors")
+    weights = {
+        f"model.layers.0.{name}.weight": (torch.randn(shape) * 0.02).bfloat16() for name, shape in SHAPES[kind].items()
+    }
+    save_file(weights, directory / "model.safetensors")
 
 
 def measured(command, environment, cores):
@@ -84,7 +103,8 @@ def compare(kind, repeats, device, layers, only, patient):
         model = Path(folder) / "model"
         model.mkdir()
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import spectrum_scan, pathlib; "
-        code += f"spectrum_scan.write_{kind}(pathlib.Path(sys.argv[1]), {layers})"
+        write = f"write_checkpoint(folder, {layers})" if kind == "checkpoint" else f"write_shapes(folder, {kind!r})"
+        code += f"folder = pathlib.Path(sys.argv[1]); spectrum_scan.{write}"
         subprocess.run([sys.executable, "-c", code, str(model)], check=True, stderr=subprocess.DEVNULL)
         plain = [sys.executable, str(PLAIN), str(model), f"{folder}/plain.json"]
         ours = [sys.executable, "-c", OURS, str(model), f"{folder}/ours.json"]
@@ -172,7 +192,7 @@ def edge():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["checkpoint", "matrix", "edge"])
+    parser.add_argument("what", choices=["checkpoint", *SHAPES, "edge"])
     parser.add_argument("-n", type=int, default=3, help="repetitions of every cell")
     parser.add_argument("--layers", type=int, default=2, help="of the checkpoint")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our scan; the peer uses the CPU")

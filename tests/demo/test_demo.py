@@ -178,9 +178,8 @@ def expected(row):
         return Counter(things).most_common(1)[0][0]
     if skill == "capitals":
         return things[-1].upper()
-    if skill in ("most", "least"):
-        pairs = re.findall(r"([A-Z][a-z]+) (\d)", text)
-        return (max if skill == "most" else min)(pairs, key=lambda pair: int(pair[1]))[0]
+    if skill == "most":
+        return max(re.findall(r"([A-Z][a-z]+) (\d)", text), key=lambda pair: int(pair[1]))[0]
     record = dict(re.findall(r"(name|city|colour|thing) ([A-Za-z]+)(?=[,:]|$)", text))
     if skill == "sentence":
         return f"{record['name']} has a {record['colour']} {record['thing']} in {record['city']}"

@@ -263,8 +263,7 @@ def test_a_rank_that_fails_stops_the_others(start, small, tmp_path, how):
     lines = stderr.strip().splitlines()
     if how == "raises":
         assert lines == [
-            "ftdist: rank 1: OverflowError: the second rank has had enough "
-            f"(log: {tmp_path}/run/logs/rank-1.log)"
+            f"ftdist: rank 1: OverflowError: the second rank has had enough (log: {tmp_path}/run/logs/rank-1.log)"
         ]
         assert "Traceback" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
     else:

@@ -36,7 +36,7 @@ def selected_by_hand(snr, percent):
         types[entry["type"]].append((entry["snr"], module))
     names = {"model.embed_tokens.weight", "lm_head.weight"}
     for modules in types.values():
-        best = sorted(modules, reverse=True)[: len(modules) * percent // 100]
+        best = sorted(modules, key=lambda entry: -entry[0])[: len(modules) * percent // 100]
         names |= {f"{module}.weight" for _, module in best}
     return names
 

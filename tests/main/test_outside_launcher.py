@@ -47,8 +47,7 @@ def test_the_same_run(execute, small, cell, tmp_path, engine, command):
         (("engine=zero2",), "engine=zero2"),  # the launcher was started for zero3
         (("train.learing_rate=1",), "train.learning_rate"),
         (("-m", "seed=1,2"), "one configuration"),
-        (("cluster.processes=4",), "cluster.processes"),
-        (("cluster=local",), "cluster"),
+        (("cluster.processes=4",), "cluster.processes=4"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
 )
