@@ -191,7 +191,7 @@ def completion(argv: list[str]) -> int:
 
     # bash splits words at `=`: what is offered must begin after the last one
     cut = current.rfind("=") + 1
-    print("\n".join(word[cut:] for word in compose.complete(current) if word.startswith(current)))
+    print("\n".join(word[cut:] for word in compose.complete(words[2:]) if word.startswith(current)))
     return OK
 
 

@@ -38,17 +38,19 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
         sweep = job.mode is not None and job.mode.name == "MULTIRUN"
         composed.append((cfg, str(job.sweep.subdir) if sweep else None))
 
-    words = list(_rewritten(argv))
+    words = [*_plugin_path(), *_rewritten(argv)]
     scratch = tempfile.TemporaryDirectory()  # for Hydra's own record of a sweep, which nothing reads
     before = sys.argv
-    sys.argv = [f"ftdist {verb}", *words, f"hydra.sweep.dir={scratch.name}"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own printing
     sweep_dir = f"sweeps/{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"
     configs: list[dict[str, Any]] = []
     parser = get_args_parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]  # its own prints a page and exits
     try:
-        parser.parse_args(words)
+        overrides = parser.parse_intermixed_args(words).overrides
+        for word in overrides:
+            words.remove(word)
+        sys.argv = [f"ftdist {verb}", *words, *overrides, f"hydra.sweep.dir={scratch.name}"]  # Hydra wants flags first
         hydra.main(version_base="1.3", config_path="pkg://ftdist.conf", config_name="config")(keep)()
         for cfg, member in composed:
             config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -59,15 +61,15 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
     except Exception as failure:
         if not _raised_by_hydra(failure):
             raise
-        raise UserError(_explained(failure, words))
+        raise UserError(_explained(failure, overrides))
     finally:
         sys.argv = before
         scratch.cleanup()
     return configs
 
 
-def complete(line: str) -> list[str]:
-    """What may follow `line` (the words after the verb): groups, choices and keys."""
+def complete(words: list[str]) -> list[str]:
+    """What the last of `words` (those after the verb) may become: groups, choices and keys."""
     from hydra import initialize_config_module
     from hydra._internal.core_plugins.bash_completion import BashCompletion
     from hydra.core.global_hydra import GlobalHydra
@@ -75,8 +77,9 @@ def complete(line: str) -> list[str]:
     with initialize_config_module("ftdist.conf", version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        words = BashCompletion(hydra.config_loader)._query(config_name="config", line=line)
-    return sorted(word for word in words if not word.startswith("hydra"))
+        line = " ".join([*_plugin_path(), *words])
+        found = BashCompletion(hydra.config_loader)._query(config_name="config", line=line)
+    return sorted(word for word in found if not word.startswith("hydra"))
 
 
 def choices(group: str | None) -> dict[str, str]:
@@ -101,10 +104,14 @@ def _plugin_packages() -> list[str]:
     return sorted(point.value for point in entry_points(group="ftdist.conf"))
 
 
+def _plugin_path() -> list[str]:
+    """The override that shows Hydra the groups of installed plug-ins."""
+    packages = _plugin_packages()
+    return [f"hydra.searchpath=[{','.join('pkg://' + name for name in packages)}]"] if packages else []
+
+
 def _rewritten(argv: list[str]) -> Iterator[str]:
     """The user's words, where mappings that take more keys than they show need no `+` of Hydra's."""
-    if packages := _plugin_packages():
-        yield f"hydra.searchpath=[{','.join('pkg://' + name for name in packages)}]"
     for word in argv:
         if word.startswith("~"):
             raise UserError(f"{word}: keys are set, not taken away; give {word[1:]} another value or choice")
@@ -172,7 +179,7 @@ def _known_keys(words: list[str]) -> list[str]:
 
     with initialize_config_module("ftdist.conf", version_base="1.3"):
         groups = set(choices(None))
-        chosen = [w for w in words if w.split("=")[0] in groups and "," not in w]
+        chosen = [w for w in words if w.split("=")[0] in {*groups, "hydra.searchpath"} and "," not in w]
         try:
             return list(flat(hydra_compose("config", overrides=chosen), ""))
         except Exception:  # one of them is a choice that does not exist here; the bare configuration will do

@@ -131,7 +131,7 @@ def extract(rng: random.Random) -> tuple[str, str]:
     """One field of a record."""
     record, text = _record(rng)
     field = rng.choice(list(record))
-    question = rng.choice(("{t}: which {f}?", "{t}: the {f}?", "Give the {f} of {t}"))
+    question = rng.choice(("{t}: which {f}?", "{t}: the {f}?", "{t}: give the {f}"))
     return question.format(f=field, t=text), record[field]
 
 

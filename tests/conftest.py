@@ -77,7 +77,7 @@ def start(environment):
         process = subprocess.Popen(
             [str(word) for word in command],
             cwd=cwd,
-            env=environment | dict(env),
+            env={k: v for k, v in (environment | dict(env)).items() if v is not None},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,8 +151,3 @@ def _matched(path: Path, pattern: str, shapes: Mapping[str, Shape]) -> tuple[str
     except re.error as failure:
         raise UserError(f"{path}: {pattern} is no valid regular expression ({failure})")
     return tuple(name for name in shapes if expression.match(name))
-
-
-def is_larger(left: float, right: float) -> bool:
-    """Order of SNRs with nan below everything."""
-    return not math.isnan(left) and (math.isnan(right) or left > right)

@@ -184,7 +184,7 @@ def expected(row):
     if skill == "sentence":
         return f"{record['name']} has a {record['colour']} {record['thing']} in {record['city']}"
     assert skill == "extract"
-    return record[re.search(r"(?:which|: the|Give the) (\w+)", text).group(1)]
+    return record[re.search(r"(?:which|: the|give the) (\w+)", text).group(1)]
 
 
 def test_every_answer_is_right(rows):

@@ -213,7 +213,7 @@ def test_ls(run):
 
 
 def test_a_sweep_composes_every_combination(run, tmp_path):
-    finished = run("plan", "-m", "strategy=full,lora", "train.max_length=64,128", "--json", cwd=tmp_path)
+    finished = run("plan", "strategy=full,lora", "-m", "train.max_length=64,128", "--json", cwd=tmp_path)
     assert finished.status == 0, finished.stderr
     plans, rest, decoder = [], finished.stdout.strip(), json.JSONDecoder()
     while rest:
@@ -262,6 +262,7 @@ def test_groups_outside_the_package(run, model, tmp_path):
         ("ftdist train strategy=sp", ["spectrum"]),
         ("ftdist train engine=zero3_", ["zero3_nvme", "zero3_offload"]),
         ("ftdist train strategy=lora train.learn", ["train.learning_rate="]),
+        ("ftdist train strategy=lora strategy.al", ["strategy.alpha="]),
         ("ftdist ls eng", ["engine"]),
     ],
 )

@@ -1,0 +1,127 @@
+"""What a tracked run tells Weights & Biases, read back from its offline file; and that nobody else is told anything."""
+
+import json
+import socket
+import struct
+import threading
+
+import pytest
+from matrix import overrides
+
+SECRETS = {"HF_TOKEN": "hf_5ecret", "OPENAI_API_KEY": "sk-5ecret", "SOME_PASSWORD": "pa55word"}
+TALKER = '''
+    """Imported by every Python process at its start: notes who opens a connection to another machine."""
+    import os, socket
+
+    plain = socket.socket.connect
+
+    def connect(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+            with open(os.environ["TALK"], "a") as file:
+                file.write(f"{address}\\n")
+        return plain(self, address)
+
+    socket.socket.connect = connect
+'''
+
+
+def records(file):
+    """The records of a .wandb file: a LevelDB log (32 KiB blocks of checksum, length, kind, data) of protobufs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts = file.read_bytes(), 7, []  # after the file's own header
+    assert data[:4] == b":W&B"
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        parts.append(data[place + 7 : place + 7 + length])
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+@pytest.fixture(scope="module")
+def listener():
+    """A proxy that serves nothing and counts who comes; its URL and the list of visitors."""
+    server, visitors = socket.create_server(("127.0.0.1", 0)), []
+
+    def listen():
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            visitors.append(connection.recv(200))
+            connection.close()
+
+    threading.Thread(target=listen, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}", visitors
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def tracked(run, small, listener, tmp_path_factory):
+    """A run with W&B switched on and nobody logged in, on a machine that notes every connection."""
+    place = tmp_path_factory.mktemp("tracked")
+    (place / "site").mkdir()
+    (place / "site" / "sitecustomize.py").write_text("\n".join(line[4:] for line in TALKER.splitlines()))
+    proxy = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), listener[0])
+    watched = {
+        "PYTHONPATH": str(place / "site"),
+        "TALK": str(place / "talk"),
+        "HOME": str(place),
+        "WANDB_MODE": None,
+        **proxy,
+    }
+    words = (
+        "tracking=wandb", "tracking.project=kitchen", "tracking.group=soups", "tracking.tags=[first,small]",
+        "train.learning_rate=0.004", f"run_dir={place / 'runs' / 'tomato.1'}",
+    )  # fmt: skip
+    finished = run("train", *small, *overrides("full", "ddp", 1), *words, env=SECRETS | watched, timeout=400)
+    assert finished.status == 0, finished
+    return finished.run_dir, place
+
+
+def test_the_offline_run_has_it_all(tracked):
+    run_dir, _ = tracked
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")  # one run, however many ranks
+    everything = list(records(file))
+    (header,) = (record.run for record in everything if record.HasField("run"))
+    assert (header.project, header.run_group, header.job_type) == ("kitchen", "soups", "sft")
+    assert list(header.tags) == ["first", "small"]
+    assert header.run_id == "tomato-1" and header.display_name == "tomato.1"
+    config = {item.key: json.loads(item.value_json) for item in header.config.update}
+    assert config["train"]["learning_rate"] == 0.004 and config["strategy"]["name"] == "full"
+    logged = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in everything
+        if record.HasField("history")
+    ]
+    history = [row["loss"] for row in logged if "loss" in row]
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert history == [row["loss"] for row in rows if "loss" in row]
+    assert [row["_step"] for row in logged if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert any("eval_loss" in row for row in logged)
+
+
+def test_no_secret_is_written(tracked):
+    run_dir, _ = tracked
+    for file in run_dir.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert not [name for name, secret in SECRETS.items() if secret.encode() in content], file
+
+
+def test_nobody_is_called(tracked, listener):
+    _, place = tracked
+    assert listener[1] == []
+    assert not (place / "talk").exists()
+
+
+def test_untracked_runs_leave_no_trace(cell):
+    assert not list(cell("full", "single").run_dir.rglob("*wandb*"))
