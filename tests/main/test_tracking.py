@@ -16,7 +16,8 @@ TALKER = '''
     plain = socket.socket.connect
 
     def connect(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+        network = self.family in (socket.AF_INET, socket.AF_INET6)
+        if network and not str(address[0]).startswith(("127.", "::1", "localhost")):
             with open(os.environ["TALK"], "a") as file:
                 file.write(f"{address}\\n")
         return plain(self, address)
