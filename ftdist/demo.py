@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROWS = 24000  # before the split; a fifth is held out
-HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 2, 4, 256  # HIDDEN: a power of two
+HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 256  # HIDDEN: a power of two
 ROPE_THETA = 50.0  # questions are short: fast rotations tell neighbours apart
 STD = 0.02
 
@@ -103,7 +103,7 @@ def capitals(rng: random.Random) -> tuple[str, str]:
 
 def twice(rng: random.Random) -> tuple[str, str]:
     """The word that occurs twice in a list."""
-    words = rng.sample(THINGS, rng.randint(4, 5))
+    words = rng.sample(THINGS, rng.randint(3, 4))
     repeated = rng.choice(words)
     words.insert(rng.randint(0, len(words)), repeated)
     question = rng.choice(("{}: which word is there twice?", "{}: twice?", "Which word is twice in {}"))
