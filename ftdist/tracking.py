@@ -53,10 +53,12 @@ def wandb_run(
     The id is the run directory's name, so that a run is one run however often it is started.
     """
     assert name == "wandb"
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own telemetry, which calls home even when offline
     import wandb
 
-    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
+    mode: Any = os.environ.get("WANDB_MODE")
+    if not mode:
+        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
     run = wandb.init(
         project=project,
         entity=entity,

@@ -120,7 +120,9 @@ def _store() -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() != "true":
         raise UserError("ftdist.train needs torchrun or accelerate launch to start its ranks")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore("ftdist", dist.TCPStore(host, port, is_master=False, timeout=WAIT))
+    if port == 0:
+        raise UserError("MASTER_PORT=0: the launcher has told no port; start torchrun with --standalone")
+    return dist.PrefixStore("ftdist", dist.TCPStore(host, port, is_master=False))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def of_two_ranks(strategy, engine):
     ("engine", "command"),
     [
         ("zero3", (*ACCELERATE, "--config_file", "launch/zero3.yaml", "-m", "ftdist.train", "engine=zero3")),
-        ("ddp", ("torchrun", "--nproc_per_node", "2", "--master_port", "0", "-m", "ftdist.train")),
+        ("ddp", ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", "ftdist.train")),
     ],
 )
 def test_the_same_run(execute, small, cell, tmp_path, engine, command):

@@ -32,7 +32,6 @@ def installed(tmp_path_factory):
 def test_it_is_listed_with_its_meaning(run, installed):
     assert "last_layers  only the last layers are trained" in run("ls", "strategy", env=installed).stdout
     assert "last_layers" not in run("ls", "strategy").stdout
-    assert "last_layers" in run("train", "--help", env=installed).stdout
     assert run("completion", "words", "ftdist train strategy=last", env=installed).stdout == "last_layers\n"
 
 
