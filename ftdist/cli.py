@@ -68,7 +68,7 @@ def train(argv: list[str]) -> int:
 
     configs = compose.compose("train", argv)
     for config in configs:  # everything is checked before anything starts
-        job.decide(config)
+        job.ready(config)
     for config in configs:
         try:
             run_dir = job.run(config)
@@ -99,6 +99,8 @@ def data(argv: list[str]) -> int:
     from ftdist import compose, job, models
 
     argv, count = _option(argv, "--show")
+    if count is not None and not count.isdigit():
+        raise UserError(f"--show={count}: how many rows? --show 5")
     for config in compose.compose("data", argv):
         job.decide(config)
         prepared = job.prepared_data(config)

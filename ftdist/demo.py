@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROWS = 24000  # before the split; a fifth is held out
+ROWS = 16000  # before the split; a fifth is held out
 HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 256  # HIDDEN: a power of two
 ROPE_THETA = 50.0  # questions are short: fast rotations tell neighbours apart
 STD = 0.02

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from ftdist import launcher, models, page, rundir, schema, tracking, trainkeys
 from ftdist.data.prepare import prepare
+from ftdist.errors import UserError
 from ftdist.evaluate import evaluate, settings
 from ftdist.plan import Plan
 from ftdist.plan.shapes import Shapes, model_shapes
@@ -182,11 +184,16 @@ def decide(config: dict[str, Any]) -> None:
         config["run_dir"] = rundir.fresh_name(config["model"]["path"], config["strategy"]["name"])
 
 
-def run(config: dict[str, Any]) -> Path:
-    """Plan, prepare, freeze, launch and evaluate one configuration; the finished run directory."""
+def ready(config: dict[str, Any]) -> None:
+    """Refuse, before anything is made, what is wrong or cannot work on this machine."""
     decide(config)
+    launcher.processes(**config["cluster"], here=True)
+    plan(config)
+
+
+def run(config: dict[str, Any]) -> Path:
+    """Prepare, freeze, launch and evaluate one configuration; the finished run directory."""
     count = launcher.processes(**config["cluster"], here=True)
-    plan(config)  # refuses what cannot work before anything is made
     run_dir = Path(config["run_dir"]).expanduser().absolute()
     with rundir.claimed(run_dir):
         freeze(config, run_dir)
@@ -212,6 +219,11 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         keys = schema.pick(measure, config["strategy"])
         config["strategy"] |= measure(base, model["path"], run_dir, launcher.cores(), **keys)
     report = json.loads((prepared / "data_report.json").read_text(encoding="utf-8"))
+    if report["validation"] == 0:
+        if config["eval"]["samples"]:
+            raise UserError("eval.samples: no row is held out; set data.validation_share or data.validation")
+        config["train"]["eval_strategy"] = "no"
+        print("no row is held out: no held-out loss", flush=True)
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     print(
         f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}",
@@ -222,7 +234,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         rundir.write_json(run_dir / "deepspeed.json", function(**config["engine"]))
     rundir.write_json(run_dir / "data_report.json", report)
     rundir.write_json(run_dir / "env.json", rundir.environment())
-    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared)})
+    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
 

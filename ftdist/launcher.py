@@ -100,7 +100,9 @@ def processes(
     """
     count, kind = devices()
     wanted = (count if kind == "GPU" else 1) if processes == "auto" else processes
-    if here and name == "local":
+    if here and name == "outside":
+        raise UserError("cluster=outside: only for ranks that accelerate launch or torchrun starts; use cluster=local")
+    if here:
         if nodes > 1:
             raise UserError(f"cluster.nodes={nodes}: cluster=local is one machine; use sbatch slurm/train.sbatch, or "
                             "start accelerate launch --num_machines … -m ftdist.train on every node")  # fmt: skip

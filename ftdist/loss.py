@@ -99,7 +99,8 @@ class Head:
         self.smoothing, self.kind = smoothing, kind
         self.targets: torch.Tensor | None = None
         # An adapter on the head, or a head that is no plain matrix, has a forward of its own.
-        self.usable = type(self.module) is nn.Linear
+        capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.usable = type(self.module) is nn.Linear and not capped
         if self.usable:
             self.original = self.module.forward
             self.module.forward = self._forward

@@ -13,6 +13,7 @@ from ftdist.rundir import cache_root
 from ftdist.schema import nearest
 
 DEMO_SEED = 0
+NOT_OURS = ["original/*", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]  # other formats of the same weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ def local_path(path: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, revision=revision)
+        return snapshot_download(path, revision=revision, ignore_patterns=NOT_OURS)
     except Exception as failure:
         reason = str(failure).strip().splitlines()[0]
         raise UserError(f"model.path={path}: no such directory, and not to be had from the hub ({reason})")

@@ -33,15 +33,23 @@ def _result(run_dir: Path) -> str:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open(encoding="utf-8")]
     steps = [row for row in rows if "loss" in row]
     held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    lines = [f"Finished: {steps[-1]['step']:,} steps over {steps[-1]['tokens']:,} tokens, "
-             f"loss {steps[0]['loss']:.4g} → {steps[-1]['loss']:.4g}"
-             + (f", held-out loss {held_out[-1]:.4g}." if held_out else ".")]  # fmt: skip
+    facts = []
+    if steps:  # none where less was done than train.logging_steps
+        facts.append(f"{steps[-1]['step']:,} steps over {steps[-1]['tokens']:,} tokens")
+        facts.append(f"loss {_number(steps[0]['loss'])} → {_number(steps[-1]['loss'])}")
+    if held_out:
+        facts.append(f"held-out loss {_number(held_out[-1])}")
+    lines = [f"Finished: {', '.join(facts)}." if facts else "Finished."]
     metrics = run_dir / "eval" / "metrics.json"
     if metrics.is_file():
         lines += ["", "| held out | exact match | loss | perplexity |", "|---|---|---|---|"]
         for which, m in _read(metrics).items():
             lines.append(f"| {which} | {m['exact_match']:.1%} | {m['loss']:.4f} | {m['perplexity']:.4g} |")
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _block(text: str) -> str:

@@ -50,7 +50,7 @@ def wandb_run(
 ) -> tuple[Log, Callable[[], None]]:
     """A W&B run of its own client: online when logged in, else offline in the run directory.
 
-    The id is the run directory's name, so that a run is one run however often it is started.
+    The id was made with the run directory, so that a run is one run however often it is started.
     """
     assert name == "wandb"
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own telemetry, which calls home even when offline
@@ -65,7 +65,7 @@ def wandb_run(
         group=group,
         job_type=job_type or config["task"]["name"],
         tags=tags,
-        id=run_dir.name.replace(".", "-").replace(":", "-"),
+        id=json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))["id"],
         name=run_dir.name,
         resume="allow",
         dir=run_dir,

@@ -76,6 +76,14 @@ def frozen(argv: list[str]) -> Path:
     if engine == "zero3_nvme":
         given["engine.nvme_path"] = section["offload_param"]["nvme_path"]
     words = [word for word in argv if word not in chosen]
+    if not chosen and any(word.startswith("experiment=") for word in argv):
+        for asked in compose.compose("train", words):
+            wanted = asked["engine"]["name"]
+            if wanted != engine:
+                raise UserError(
+                    f"experiment: made for engine={wanted}, the launcher was started for {engine}; use "
+                    f"launch/{wanted}.yaml, or say engine={engine}"
+                )
     configs = compose.compose("train", [*words, *(f"{key}={value}" for key, value in given.items())])
     if len(configs) != 1:
         raise UserError("a launcher runs one configuration: leave out -m and --cfg, or use ftdist train")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,6 +108,12 @@ ELSEWHERE = {
     "use_liger_kernel": "train.loss (the fused loss is built in)",
     "liger_kernel_config": "train.loss (the fused loss is built in)",
     "average_tokens_across_devices": "nothing (every token weighs the same on every rank)",
+    "logging_nan_inf_filter": "nothing (a NaN is shown as it is)",
+    "bf16_full_eval": "train.bf16",
+    "fp16_full_eval": "train.fp16",
+    "eval_use_gather_object": "nothing (held-out rows are sharded exactly)",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "activation_checkpointing_kwargs": "train.gradient_checkpointing_kwargs",
     "auto_find_batch_size": "train.per_device_train_batch_size (the plan's batch is the batch)",
     "use_cache": "nothing",
     "length_column_name": "nothing (lengths are in the prepared data)",
@@ -169,7 +176,9 @@ def check_name(key: str) -> None:
     if key in REMOVED and key not in known:
         raise UserError(f"train.{key}: removed from transformers 5 / TRL 1; use {REMOVED[key]}")
     if key in ELSEWHERE:
-        raise UserError(f"train.{key}: not read here; use {ELSEWHERE[key]}")
+        instead = ELSEWHERE[key]
+        advice = f"leave it out {instead[8:]}" if instead.startswith("nothing (") else f"use {instead}"
+        raise UserError(f"train.{key}: not read here; {advice.replace('use nothing', 'leave it out')}")
     if key not in known:
         close = nearest(key, [name for name in known if name not in ELSEWHERE], prefix="train.")
         hint = close if close.startswith("did you mean") else "keys are the fields of TRL's SFTConfig"
@@ -186,6 +195,8 @@ def check(values: Mapping[str, Any]) -> None:
 def _check_value(key: str, value: Any, annotation: str, choices: tuple[Any, ...]) -> None:
     import pydantic
 
+    if value is None and key in AT_LEAST:
+        raise UserError(f"train.{key}=null: should be a number")
     allowed = choices or _enum_values(annotation)
     if allowed and not isinstance(value, bool) and not (value is None and "None" in annotation):
         if value not in allowed:
@@ -201,6 +212,8 @@ def _check_value(key: str, value: Any, annotation: str, choices: tuple[Any, ...]
         reason = failure.errors()[0]["msg"].replace("Input should be", "should be")
         raise UserError(f"train.{key}={value}: {reason[0].lower() + reason[1:]}")
     if isinstance(number, (int, float)) and not isinstance(number, bool):
+        if not math.isfinite(number):
+            raise UserError(f"train.{key}={value}: should be finite")
         if key == "max_steps" and number < 1 and number != -1:
             raise UserError(f"train.max_steps={value}: should be at least 1, or -1 for train.num_train_epochs")
         if key in AT_LEAST and number < AT_LEAST[key]:

@@ -55,6 +55,9 @@ def train(run_dir: Path) -> None:
         model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
 
     data = Path(plan["prepared"])
+    template = (data / "chat_template.jinja").read_text(encoding="utf-8")
+    if template:
+        tokenizer.chat_template = template  # the one that was trained on is the one that is saved
     with models.partly_quantized(model):
         trainer = TokenTrainer(
             model=model,
@@ -129,6 +132,7 @@ def main(run_dir: Path) -> int:
     logs.mkdir(exist_ok=True)
     log = logs / f"rank-{rank}.log"
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    console = os.dup(sys.stderr.fileno())
     os.dup2(descriptor, sys.stderr.fileno())
     if rank != 0:
         os.dup2(descriptor, sys.stdout.fileno())
@@ -144,6 +148,7 @@ def main(run_dir: Path) -> int:
         message = text[0] if known else f"{type(failure).__name__}: {text[0]}"
         report = {"rank": rank, "time": time.time(), "message": message, "log": str(log)}
         rundir.write_json(logs / f"rank-{rank}.error.json", {**report, "status": USAGE if known else FAILED})
+        os.write(console, f"ftdist: rank {rank}: {message} (log: {log})\n".encode())
         # Not sys.exit: other threads and atexit hooks of a half-made process group can hang for minutes.
         sys.stderr.flush()
         os._exit(USAGE if known else FAILED)

@@ -39,6 +39,7 @@ def summarise(
     scripts = sum((c.scripts for c in rows.cleaned), np.zeros(len(SCRIPTS), np.int64))
     letters = max(int(scripts[1:].sum()), 1)
     _write_dropped(rows, found, encoded, sources, folder / "dropped.jsonl")
+    shown = _shown(found, rows, sources, work)
     summary: dict[str, Any] = {
         "rows_in": rows.seen,
         "rejected": sum(rows.rejected.values()),
@@ -74,9 +75,9 @@ def summarise(
         "ignored_columns": sorted(set().union(*(c.ignored for c in rows.cleaned)))[:20],
         "notes": found.notes,
         "examples": {
-            "duplicates_exact": _examples(found.exact, rows, sources, work),
-            "duplicates_near": _examples(found.near, rows, sources, work),
-            "contaminated": _examples(found.contaminated, rows, sources, work),
+            "duplicates_exact": _examples(found.exact, shown),
+            "duplicates_near": _examples(found.near, shown),
+            "contaminated": _examples(found.contaminated, shown),
         },
         "fingerprint": key,
     }
@@ -121,24 +122,28 @@ def _preference(encoded: Any) -> dict[str, Any]:
     }
 
 
-def _examples(twins: Any, rows: Any, sources: list[Any], work: Path) -> list[dict[str, Any]]:
-    result = []
-    for i in range(min(_EXAMPLES, len(twins.later))):
-        pair: dict[str, Any] = {"overlap": round(float(twins.overlap[i]), 3)}
-        for name, row in (("row", int(twins.later[i])), ("like", int(twins.earlier[i]))):
-            where, text = _shown(row, rows, sources, work)
-            pair |= {name: {"where": where, "text": text}}
-        result.append(pair)
+def _examples(twins: Any, shown: dict[int, dict[str, str]]) -> list[dict[str, Any]]:
+    return [
+        {"overlap": round(float(overlap), 3), "row": shown[int(later)], "like": shown[int(earlier)]}
+        for later, earlier, overlap in zip(*(part[:_EXAMPLES] for part in twins), strict=True)
+    ]
+
+
+def _shown(found: Any, rows: Any, sources: list[Any], work: Path) -> dict[int, dict[str, str]]:
+    """Place and text of every row that is an example; each block is read once."""
+    wanted = [part[:_EXAMPLES] for twins in (found.exact, found.near, found.contaminated) for part in twins[:2]]
+    result: dict[int, dict[str, str]] = {}
+    block, loaded, lines = -1, [], []
+    for row in np.unique(np.concatenate(wanted)).tolist():
+        number, inside = rows.place(row)
+        cleaned = rows.cleaned[number]
+        if cleaned.block != block:
+            block = cleaned.block
+            loaded, lines = load_rows(work, block)
+        text = "\n".join(part for part in row_texts(loaded[inside]) if part)
+        where = f"{sources[cleaned.source].files[cleaned.file]}:{lines[inside]}"
+        result[row] = {"where": where, "text": text if len(text) <= _SHOWN else text[:_SHOWN] + "…"}
     return result
-
-
-def _shown(row: int, rows: Any, sources: list[Any], work: Path) -> tuple[str, str]:
-    number, inside = rows.place(row)
-    cleaned = rows.cleaned[number]
-    found, lines = load_rows(work, cleaned.block)
-    text = "\n".join(part for part in row_texts(found[inside]) if part)
-    where = f"{sources[cleaned.source].files[cleaned.file]}:{lines[inside]}"
-    return where, text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def _write_dropped(rows: Any, found: Any, encoded: Any, sources: list[Any], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ def count(path: Any) -> int | None:
     total = 0
     for part in path if isinstance(path, list) else [path]:
         files = list(_files(part["path"] if isinstance(part, dict) else str(part)))
-        counts = [_rows(file) for file in files]
+        try:
+            counts = [_rows(file) for file in files]
+        except (OSError, EOFError, ValueError, zlib.error):  # the preparation will say what is wrong with it
+            return None
         if not counts or None in counts:
             return None
         total += sum(c for c in counts if c is not None)

@@ -31,13 +31,13 @@ def cell(run, small, model, shared):
             "base_untouched": before == hashes(model),
         }
 
-    def cell(strategy, engine, accumulation=1):
-        name = f"{strategy}-{engine}-{accumulation}"
+    def cell(strategy, engine, **changes):
+        name = "-".join([strategy, engine, *(f"{key}_{value}" for key, value in changes.items())])
         with (folder / f"{name}.json").open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             known = file.read()
-            result = json.loads(known) if known else made(name, overrides(strategy, engine, accumulation))
+            result = json.loads(known) if known else made(name, overrides(strategy, engine, **changes))
             if not known:
                 json.dump(result, file)
         assert result["status"] == 0, result["said"]

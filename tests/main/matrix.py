@@ -20,7 +20,7 @@ OVERRIDES = {
 }
 
 
-def overrides(strategy, engine, accumulation):
+def overrides(strategy, engine, accumulation=1, bf16=False):
     """What a cell adds to the smallest run."""
     processes = 1 if engine == "single" else 2
     micro = GLOBAL_BATCH // processes // accumulation
@@ -35,6 +35,7 @@ def overrides(strategy, engine, accumulation):
         f"train.per_device_train_batch_size={micro}",
         f"train.gradient_accumulation_steps={accumulation}",
         f"train.max_steps={STEPS}",
+        f"train.bf16={str(bf16).lower()}",
     )
 
 

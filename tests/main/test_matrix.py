@@ -66,7 +66,10 @@ def test_metrics_have_the_keys_that_others_read(cell, strategy, engine):
 
 @cells(*ENGINES)
 def test_exactly_the_intended_weights_changed(cell, model, strategy, engine):
-    made = cell(strategy, engine)
+    intended_weights_changed(cell(strategy, engine), strategy, model)
+
+
+def intended_weights_changed(made, strategy, model):
     final, base = made.run_dir / "final", tensors(model)
     assert made.base_untouched
     if strategy in ("lora", "qlora"):
@@ -93,10 +96,14 @@ def test_exactly_the_intended_weights_changed(cell, model, strategy, engine):
 
 @cells(*ENGINES)
 def test_what_was_saved_loads_and_answers(cell, model, strategy, engine):
+    loads_and_answers(cell(strategy, engine), strategy, model)
+
+
+def loads_and_answers(made, strategy, model):
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    final = cell(strategy, engine).run_dir / "final"
+    final = made.run_dir / "final"
     ids = AutoTokenizer.from_pretrained(final)("apple bell bird", return_tensors="pt").input_ids
     base, notes = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
     with torch.no_grad():
@@ -130,3 +137,13 @@ def test_accumulation_is_a_larger_batch(cell, engine):
     assert accumulated.losses == pytest.approx(whole.losses, rel=TOLERANCE)
     gradients = [[row["grad_norm"] for row in made.steps] for made in (whole, accumulated)]
     assert gradients[0] == pytest.approx(gradients[1], rel=10 * TOLERANCE)
+
+
+@pytest.mark.parametrize(("strategy", "engine"), [("full", "ddp"), ("spectrum", "zero3"), ("qlora", "zero3")])
+def test_in_bfloat16(cell, model, strategy, engine):
+    """The precision of real work: other weights are held in other types, and frozen ones still come out untouched."""
+    made, exact = cell(strategy, engine, bf16=True), cell(strategy, engine)
+    assert made.losses[0] == pytest.approx(exact.losses[0], rel=0.01)
+    assert made.losses[-1] < 0.9 * made.losses[0]
+    intended_weights_changed(made, strategy, model)
+    loads_and_answers(made, strategy, model)

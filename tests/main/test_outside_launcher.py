@@ -13,7 +13,7 @@ ACCELERATE = ("accelerate", "launch", "--num_processes", "2", "--main_process_po
 
 def of_two_ranks(strategy, engine):
     """A cell's words without what the launcher itself says."""
-    return [word for word in overrides(strategy, engine, 1) if not word.startswith(("engine=", "cluster."))]
+    return [word for word in overrides(strategy, engine) if not word.startswith(("engine=", "cluster."))]
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,16 @@ def test_without_the_package_it_is_unknown(run):
 
 
 def test_it_trains_exactly_what_it_names(run, small, model, installed, tmp_path):
-    finished = run(
-        "train", *small, "strategy=last_layers", "strategy.head=false", "engine=zero2", "cluster.processes=2",
-        "cluster.oversubscribe=true", "train.max_steps=3", f"run_dir={tmp_path / 'run'}", env=installed,
-    )  # fmt: skip
+    words = (
+        "strategy=last_layers",
+        "strategy.head=false",
+        "engine=zero2",
+        "cluster.processes=2",
+        "cluster.oversubscribe=true",
+        "train.max_steps=3",
+        "train.logging_steps=5",  # more than there are: a run without a logged step is a run too
+    )
+    finished = run("train", *small, *words, f"run_dir={tmp_path / 'run'}", env=installed)
     assert finished.status == 0, finished.stderr
     base, tuned = load_file(model / "model.safetensors"), load_file(finished.run_dir / "final" / "model.safetensors")
     changed = {name for name in base if not base[name].equal(tuned[name])}

@@ -3,6 +3,7 @@
 import json
 import socket
 import struct
+import textwrap
 import threading
 
 import pytest
@@ -46,7 +47,7 @@ def records(file):
             yield record
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def listener():
     """A proxy that serves nothing and counts who comes; its URL and the list of visitors."""
     server, visitors = socket.create_server(("127.0.0.1", 0)), []
@@ -65,37 +66,45 @@ def listener():
     server.close()
 
 
-@pytest.fixture(scope="module")
-def tracked(run, small, listener, tmp_path_factory):
-    """A run with W&B switched on and nobody logged in, on a machine that notes every connection."""
-    place = tmp_path_factory.mktemp("tracked")
-    (place / "site").mkdir()
-    (place / "site" / "sitecustomize.py").write_text("\n".join(line[4:] for line in TALKER.splitlines()))
-    proxy = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), listener[0])
+def test_a_tracked_run(run, small, listener, tmp_path):
+    """With W&B switched on, nobody logged in, and every connection noted."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(textwrap.dedent(TALKER))
+    url, visitors = listener
     watched = {
-        "PYTHONPATH": str(place / "site"),
-        "TALK": str(place / "talk"),
-        "HOME": str(place),
+        "PYTHONPATH": str(tmp_path / "site"),
+        "TALK": str(tmp_path / "talk"),
+        "HOME": str(tmp_path),
         "WANDB_MODE": None,
-        **proxy,
+        **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), url),
     }
     words = (
-        "tracking=wandb", "tracking.project=kitchen", "tracking.group=soups", "tracking.tags=[first,small]",
-        "train.learning_rate=0.004", f"run_dir={place / 'runs' / 'tomato.1'}",
-    )  # fmt: skip
-    finished = run("train", *small, *overrides("full", "ddp", 1), *words, env=SECRETS | watched, timeout=400)
+        "tracking=wandb",
+        "tracking.project=kitchen",
+        "tracking.group=soups",
+        "tracking.tags=[first,small]",
+        "train.learning_rate=0.004",
+        f"run_dir={tmp_path / 'runs' / 'tomato.1'}",
+    )
+    finished = run("train", *small, *overrides("full", "ddp"), *words, env=SECRETS | watched)
     assert finished.status == 0, finished
-    return finished.run_dir, place
+    the_offline_run_has_it_all(finished.run_dir)
+    for file in finished.run_dir.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert not [name for name, secret in SECRETS.items() if secret.encode() in content], file
+    assert visitors == []
+    assert not (tmp_path / "talk").exists()
 
 
-def test_the_offline_run_has_it_all(tracked):
-    run_dir, _ = tracked
+def the_offline_run_has_it_all(run_dir):
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")  # one run, however many ranks
     everything = list(records(file))
     (header,) = (record.run for record in everything if record.HasField("run"))
     assert (header.project, header.run_group, header.job_type) == ("kitchen", "soups", "sft")
     assert list(header.tags) == ["first", "small"]
-    assert header.run_id == "tomato-1" and header.display_name == "tomato.1"
+    assert header.run_id == json.loads((run_dir / "plan.json").read_text())["id"]  # two runs of one name stay two
+    assert header.display_name == "tomato.1"
     config = {item.key: json.loads(item.value_json) for item in header.config.update}
     assert config["train"]["learning_rate"] == 0.004 and config["strategy"]["name"] == "full"
     logged = [
@@ -103,25 +112,10 @@ def test_the_offline_run_has_it_all(tracked):
         for record in everything
         if record.HasField("history")
     ]
-    history = [row["loss"] for row in logged if "loss" in row]
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    assert history == [row["loss"] for row in rows if "loss" in row]
+    assert [row["loss"] for row in logged if "loss" in row] == [row["loss"] for row in rows if "loss" in row]
     assert [row["_step"] for row in logged if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert any("eval_loss" in row for row in logged)
-
-
-def test_no_secret_is_written(tracked):
-    run_dir, _ = tracked
-    for file in run_dir.rglob("*"):
-        if file.is_file():
-            content = file.read_bytes()
-            assert not [name for name, secret in SECRETS.items() if secret.encode() in content], file
-
-
-def test_nobody_is_called(tracked, listener):
-    _, place = tracked
-    assert listener[1] == []
-    assert not (place / "talk").exists()
 
 
 def test_untracked_runs_leave_no_trace(cell):
