@@ -133,7 +133,9 @@ def _shown(found: Any, rows: Any, sources: list[Any], work: Path) -> dict[int, d
     """Place and text of every row that is an example; each block is read once."""
     wanted = [part[:_EXAMPLES] for twins in (found.exact, found.near, found.contaminated) for part in twins[:2]]
     result: dict[int, dict[str, str]] = {}
-    block, loaded, lines = -1, [], []
+    block = -1
+    loaded: list[dict[str, Any]] = []
+    lines: list[int] = []
     for row in np.unique(np.concatenate(wanted)).tolist():
         number, inside = rows.place(row)
         cleaned = rows.cleaned[number]
