@@ -15,6 +15,7 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   train [overrides]          plan, prepare, launch, train, evaluate; prints `run: DIR` last (-m: a sweep)
   plan  [overrides] [--json] what would run, with the arithmetic; needs no GPU
   data  [overrides] [--show N]  prepare the data alone; show N rows token by token with their mask
+  resume RUN [overrides]     go on from the newest valid checkpoint, on more or fewer processes if wanted
   scan  [overrides]          signal-to-noise ratio of every weight matrix (Spectrum)
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
   ls    [GROUP]              config groups, or the choices in one
@@ -65,19 +66,36 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """One run, or with -m one after another."""
     from ftdist import compose, job
+    from ftdist import resume as resuming
 
     configs = compose.compose("train", argv)
     for config in configs:  # everything is checked before anything starts
         job.ready(config)
     for config in configs:
         try:
-            run_dir = job.run(config)
+            run_dir = Path(config["run_dir"]).expanduser().absolute()
+            if config["resume"] == "auto" and resuming.begun(run_dir, config):
+                resuming.resume(run_dir, config)
+            else:
+                job.run(config, run_dir)
         except KeyboardInterrupt:
             if Path(config["run_dir"], "config.yaml").is_file():
                 print(f"\nftdist: stopped; unfinished run in {config['run_dir']}", file=sys.stderr)
                 return INTERRUPTED
             raise
         print(f"run: {run_dir}")
+    return OK
+
+
+def resume(argv: list[str]) -> int:
+    """Go on with a run that was stopped or killed."""
+    from ftdist import resume
+
+    if not argv or "=" in argv[0]:
+        raise UserError("resume: which run? ftdist resume RUN [cluster.processes=4]")
+    run_dir = Path(argv[0]).expanduser().absolute()
+    resume.from_words(run_dir, argv[1:])
+    print(f"run: {run_dir}")
     return OK
 
 
@@ -213,6 +231,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "plan": plan,
     "data": data,
+    "resume": resume,
     "scan": scan,
     "eval": evaluate,
     "ls": ls,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROWS = 16000  # before the split; a fifth is held out
-HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 256  # HIDDEN: a power of two
+HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 128  # HIDDEN: a power of two
 ROPE_THETA = 50.0  # questions are short: fast rotations tell neighbours apart
 STD = 0.02
 

@@ -3,6 +3,8 @@
 OK = 0
 FAILED = 1  # our own fault, or a crash in a rank
 USAGE = 2  # the user's mistake: nothing was started
+STOPPED = 75  # asked to stop: saved, and can be resumed (EX_TEMPFAIL: "try again")
+FENCED = 93  # not to be started again by itself: somebody else has the run, or it makes no progress
 INTERRUPTED = 130  # Ctrl-C
 
 

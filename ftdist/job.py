@@ -9,15 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist import launcher, models, page, rundir, schema, tracking, trainkeys
+from ftdist import checkpoint, health, launcher, lease, models, page, rundir, schema, stops, tracking, trainkeys
 from ftdist.data.prepare import prepare
-from ftdist.errors import UserError
+from ftdist.errors import FAILED, FENCED, Failed, UserError
 from ftdist.evaluate import evaluate, settings
 from ftdist.plan import Plan
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "eval", "tracking")
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "eval", "tracking", "checkpoint", "health")
+ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
 BF16_CAPABILITY = 8.0  # Ampere, the first GPUs with bfloat16
 RECOMPUTE_ABOVE = 1_000_000_000  # parameters; below, activations are small beside what a GPU holds
@@ -27,13 +28,21 @@ FILES = {
     "accelerate.yaml": "how the processes start",
     "env.json": "versions, commit, machine",
     "metrics.jsonl": "a line for each logged step",
+    "checkpoints/": "committed states to go on from",
+    "events.jsonl": "starts, checkpoints, stops, faults",
     "logs/": "what each rank said",
     "README.md": "the run's page",
     "final/": "the trained model or adapter, with its tokenizer",
 }
 
 
-def _top(*, run_dir: str | None, seed: Annotated[int, Field(ge=0, lt=2**32)]) -> None:
+def _top(
+    *,
+    run_dir: str | None,
+    resume: Literal["never", "auto"],
+    train_until: str | None,
+    seed: Annotated[int, Field(ge=0, lt=2**32)],
+) -> None:
     """The keys outside every group."""
 
 
@@ -49,6 +58,9 @@ def check(config: dict[str, Any]) -> None:
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
     schema.check("task", config["task"], _task)
     schema.check("eval", config["eval"], settings)
+    schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
+    schema.check("health", config["health"], health.settings)
+    stops.Limit(config["train_until"])
     schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
     engine = launcher.engine_function(config["engine"].get("name"))
     schema.check("engine", config["engine"], engine)
@@ -186,30 +198,61 @@ def decide(config: dict[str, Any]) -> None:
 
 def ready(config: dict[str, Any]) -> None:
     """Refuse, before anything is made, what is wrong or cannot work on this machine."""
+    if config["resume"] == "auto" and config["run_dir"] is None:
+        raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     decide(config)
     launcher.processes(**config["cluster"], here=True)
     plan(config)
 
 
-def run(config: dict[str, Any]) -> Path:
-    """Prepare, freeze, launch and evaluate one configuration; the finished run directory."""
-    count = launcher.processes(**config["cluster"], here=True)
-    run_dir = Path(config["run_dir"]).expanduser().absolute()
+def run(config: dict[str, Any], run_dir: Path) -> None:
+    """Prepare, freeze, launch and evaluate one configuration in a run directory of its own."""
     with rundir.claimed(run_dir):
+        token = lease.take(run_dir).token
         freeze(config, run_dir)
-        rundir.write_yaml(
-            run_dir / "accelerate.yaml",
-            launcher.accelerate_file(config["engine"]["name"], count, run_dir / "deepspeed.json"),
-        )
+    try:
+        launch(run_dir, token)
+    finally:
+        lease.release(run_dir, token)
+
+
+def launch(run_dir: Path, token: int) -> None:
+    """Start a frozen run or go on with it, again after failures if that is wanted, and evaluate what came out."""
+    config = rundir.read_config(run_dir)
+    count = launcher.processes(**config["cluster"], here=True)
+    rundir.write_yaml(
+        run_dir / "accelerate.yaml",
+        launcher.accelerate_file(config["engine"]["name"], count, run_dir / "deepspeed.json"),
+    )
     world = f"{count} process" + ("es" if count > 1 else "")
     print(f"starting {world} ({config['engine']['name']}) in {run_dir}", flush=True)
-    launcher.run(run_dir, count)
+    keys, restarts = config["health"], 0
+    while True:
+        before = _progress(run_dir)
+        try:
+            launcher.run(run_dir, count, token, keys["grace_seconds"])
+            break
+        except Failed as failure:
+            again = rundir.left_out(run_dir) != before[1]  # a roll-back: the last checkpoint, without that step
+            if not again:
+                if failure.status != FAILED or restarts >= keys["max_restarts"]:
+                    raise
+                if _progress(run_dir) == before:
+                    raise Failed(f"{failure}; not started again: no checkpoint since the last start", FENCED)
+                restarts += 1
+            rundir.record(run_dir, "restart", None, reason=str(failure))
+            print(f"{failure}\nstarting again", flush=True)
     finish(run_dir)
-    return run_dir
+
+
+def _progress(run_dir: Path) -> tuple[list[int], list[int]]:
+    """What rises when a run gets on: its checkpoints, and the steps that it has learnt to leave out."""
+    return checkpoint.steps(run_dir)[:1], rundir.left_out(run_dir)
 
 
 def freeze(config: dict[str, Any], run_dir: Path) -> None:
-    """Prepare model files and data, then write down everything that the ranks will read."""
+    """Prepare model files and data, then write down everything that the ranks will read, config.yaml last."""
+    rundir.write_json(run_dir / ASKED, config)
     model = config["model"]
     model["path"] = models.local_path(model["path"], model["revision"])
     prepared = prepared_data(config)
@@ -229,14 +272,21 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}",
         flush=True,
     )
-    if config["engine"]["name"] not in ("single", "ddp"):
-        function = launcher.engine_function(config["engine"]["name"])
-        rundir.write_json(run_dir / "deepspeed.json", function(**config["engine"]))
     rundir.write_json(run_dir / "data_report.json", report)
     rundir.write_json(run_dir / "env.json", rundir.environment())
     rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
+    write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
+
+
+def write_engine(config: dict[str, Any], run_dir: Path) -> None:
+    """DeepSpeed's settings, for an engine that has some."""
+    file = run_dir / "deepspeed.json"
+    if config["engine"]["name"] in ("single", "ddp"):
+        file.unlink(missing_ok=True)
+    else:
+        rundir.write_json(file, launcher.engine_function(config["engine"]["name"])(**config["engine"]))
 
 
 def finish(run_dir: Path) -> None:

@@ -6,24 +6,26 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist.errors import FAILED, OK, USAGE, Failed, UserError
+from ftdist import lease, stops
+from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, USAGE, Failed, UserError
 from ftdist.schema import nearest
 from ftdist.trainkeys import fields
 
 KILLED = r"failed \(exitcode: -(?!15\))(\d+)\) local_rank: (\d+)|died with <Signals\.\w+: (\d+)>"
-GRACE = 15.0  # seconds between asking processes to stop and killing them
 
 
 def torch_engine(*, name: Literal["single", "ddp"]) -> None:
@@ -134,36 +136,96 @@ def command(run_dir: Path) -> list[str]:
     ]
 
 
-def run(run_dir: Path, count: int) -> None:
-    """Start the ranks, wait, leave no process behind. Failed or UserError carry the first failing rank's own words."""
+def run(run_dir: Path, count: int, token: int, grace: float) -> None:
+    """Start the ranks, wait, leave no process behind. Failed or UserError carry the first failing rank's own words.
+
+    A signal that asks for an end is passed on as a request in the run directory (torchrun would kill its workers): the
+    ranks save and stop. Before training begins, and at a second Ctrl-C, they are ended at once.
+    """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    environment[lease.VARIABLE] = str(token)
     if devices()[1] != "GPU":
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    (run_dir / "logs").mkdir(exist_ok=True)
+    _forget_last_start(run_dir)
+    asked: dict[str, float] = {}
+
+    def ask(number: int, _: Any) -> None:
+        name = stops.SIGNALS[signal.Signals(number)]
+        again = number == signal.SIGINT and time.monotonic() - asked.get(name, math.inf) > stops.AGAIN
+        asked.setdefault(name, time.monotonic())
+        if again or not (run_dir / stops.RUNNING).exists():
+            raise KeyboardInterrupt
+        stops.request(run_dir, name)
+        print(f"\n{name}: saving, then stopping (Ctrl-C again: at once, without saving)", flush=True)
+
     with (run_dir / "logs" / "launcher.log").open("ab") as log:
         child = None
-        previous = signal.signal(signal.SIGTERM, _interrupt)
+        previous = {number: signal.signal(number, ask) for number in stops.SIGNALS}
         try:
             # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
             child = subprocess.Popen(
                 command(run_dir), env=environment, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
             )
-            status = child.wait()
+            status = _wait(child, run_dir / "logs", grace)
+        except KeyboardInterrupt:
+            if "Ctrl-C" in asked:
+                raise
+            raise Failed(f"stopped ({next(iter(asked))}) before training began: {run_dir}", STOPPED)
         finally:
             if child is not None:
-                _stop(child)
-            signal.signal(signal.SIGTERM, previous)
-    if status != OK:
+                _stop(child, grace if (run_dir / stops.RUNNING).exists() and "Ctrl-C" not in asked else 0)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    outcome = _outcome(run_dir)
+    if outcome.get("status") == STOPPED:
+        again = INTERRUPTED if outcome["reason"] == "Ctrl-C" else STOPPED
+        raise Failed(
+            f"stopped ({outcome['reason']}) after step {outcome['step']}; everything is saved, "
+            f"go on with: ftdist resume {run_dir}",
+            again,
+        )
+    if status != OK and outcome.get("status") != OK:
         raise _failure(first_error(run_dir))
+
+
+def _wait(child: subprocess.Popen[bytes], logs: Path, grace: float) -> int:
+    """The launcher's exit status; once a rank has failed, it and the others have `grace` seconds to end."""
+    failed = None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(0.25)
+        if failed is None and any(logs.glob("rank-*.error.json")):
+            failed = time.monotonic()
+        if failed is not None and time.monotonic() - failed > grace:
+            _stop(child, 0)
+            return FAILED
+
+
+def _forget_last_start(run_dir: Path) -> None:
+    """What an earlier start of this run said is not this one's."""
+    logs = run_dir / "logs"
+    logs.mkdir(mode=0o700, exist_ok=True)
+    for file in (*logs.glob("rank-*.json"), run_dir / "outcome.json", run_dir / stops.RUNNING, run_dir / stops.REQUEST):
+        file.unlink(missing_ok=True)
+    log = logs / "launcher.log"
+    if log.exists():
+        log.rename(logs / f"launcher.{len(list(logs.glob('launcher.*.log'))) + 1}.log")
+
+
+def _outcome(run_dir: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        outcome: dict[str, Any] = json.loads((run_dir / "outcome.json").read_text(encoding="utf-8"))
+        return outcome
+    return {}
 
 
 def _failure(error: dict[str, Any]) -> Exception:
     """What a rank said, as this process would have said it."""
     if error["status"] == USAGE:
         return UserError(error["message"])
-    return Failed(f"rank {error['rank']}: {error['message']} (log: {error['log']})")
+    return Failed(f"rank {error['rank']}: {error['message']} (log: {error['log']})", error["status"])
 
 
 def first_error(run_dir: Path) -> dict[str, Any]:
@@ -185,21 +247,30 @@ def first_error(run_dir: Path) -> dict[str, Any]:
             "log": str(log), "status": FAILED}  # fmt: skip
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def _end_with_parent() -> None:
     """In the child: should `ftdist` itself be killed, the kernel asks this process to stop (Linux, 1 = PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
+def _stop(child: subprocess.Popen[bytes], grace: float) -> None:
     """Ask the whole session to stop, then make it."""
-    if child.poll() is None:
+    if child.poll() is None and grace:
         os.killpg(child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once
-            child.wait(GRACE)
+            child.wait(grace)
+    ranks = _descendants(child.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
+    for pid in ranks:  # torchrun puts its workers into sessions of their own
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     child.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    import psutil
+
+    try:
+        return [process.pid for process in psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return []

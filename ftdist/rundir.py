@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,16 @@ def claimed(path: Path) -> Iterator[Path]:
         raise
 
 
+def clear_unfinished(path: Path) -> None:
+    """Empty a run directory whose start was killed before anything was frozen; leave every other directory alone."""
+    from ftdist import lease
+
+    if (path / CLAIM).is_file() and not (path / "config.yaml").exists():
+        with lease.held(path):  # refused while that start is alive
+            for child in path.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -79,6 +90,24 @@ def write_yaml(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
     partial.replace(path)
+
+
+def record(run_dir: Path, event: str, step: int | None, **facts: Any) -> None:
+    """A line for RUN/events.jsonl, the run's time line: start, checkpoint, stop, fault, …"""
+    line = json.dumps({"time": time.time(), "event": event, "step": step, **facts})
+    with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def leave_out(run_dir: Path, step: int) -> None:
+    """From the next start on, this step changes nothing: its batch has broken the run."""
+    write_json(run_dir / "left_out.json", sorted({*left_out(run_dir), step}))
+
+
+def left_out(run_dir: Path) -> list[int]:
+    """The steps whose batches are not trained on."""
+    file = run_dir / "left_out.json"
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else []
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

@@ -76,9 +76,31 @@ def wandb_run(
     return (lambda metrics, step: run.log(metrics, step=step)), (lambda: run.finish())
 
 
-def follow(run_dir: Path, log: Log, out: IO[str]) -> TrainerCallback:
-    """Writes metrics.jsonl, prints a live line on a terminal and plain lines elsewhere. For global rank 0 only."""
+def forget_after(run_dir: Path, step: int) -> None:
+    """Take the lines of steps that will be trained again out of metrics.jsonl. An old writer keeps the old file."""
+    file = run_dir / "metrics.jsonl"
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that was cut when the run was killed
+    partial = file.with_name(".metrics.jsonl")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.replace(file)
+
+
+def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback:
+    """Writes metrics.jsonl, prints a live line on a terminal and plain lines elsewhere. For global rank 0 only.
+
+    token: of the lease; nothing is written into a run that somebody else has taken over.
+    """
     from transformers import TrainerCallback
+
+    from ftdist import lease
 
     class Follow(TrainerCallback):
         def __init__(self) -> None:
@@ -105,6 +127,7 @@ def follow(run_dir: Path, log: Log, out: IO[str]) -> TrainerCallback:
             self.file.close()
 
         def _record(self, row: dict[str, Any]) -> None:
+            lease.check(run_dir, token)
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self.file.write(json.dumps(row) + "\n")
             log({k: v for k, v in row.items() if k != "step" and v is not None}, row["step"])

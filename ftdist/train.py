@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 def frozen(argv: list[str]) -> Path:
     """Global rank 0's part: a run directory with everything that the ranks read, for the engine of the launcher."""
-    from ftdist import compose, job, launcher, rundir
+    from ftdist import compose, job, lease, resume, rundir
 
     engine, deepspeed = _engine()
     section = _zero_section(deepspeed) if deepspeed else {}
@@ -91,14 +91,25 @@ def frozen(argv: list[str]) -> Path:
     job.decide(config)
     job.plan(config)
     run_dir = Path(config["run_dir"]).expanduser().absolute()
+    if config["resume"] == "auto" and resume.begun(run_dir, config):
+        os.environ[lease.VARIABLE] = str(lease.take(run_dir).token)
+        resume.changed(run_dir, config, here=False)
+        _own_files(run_dir, engine, local, deepspeed)
+        return run_dir
     with rundir.claimed(run_dir):
+        os.environ[lease.VARIABLE] = str(lease.take(run_dir).token)
         job.freeze(config, run_dir)
-        if deepspeed is not None:  # the launcher's own file is the one that counts
-            shutil.copyfile(deepspeed, run_dir / "deepspeed.json")
-        rundir.write_yaml(
-            run_dir / "accelerate.yaml", launcher.accelerate_file(engine, local, run_dir / "deepspeed.json")
-        )
+        _own_files(run_dir, engine, local, deepspeed)
     return run_dir
+
+
+def _own_files(run_dir: Path, engine: str, local: int, deepspeed: Path | None) -> None:
+    """The launcher's own files are the ones that count."""
+    from ftdist import launcher, rundir
+
+    if deepspeed is not None:
+        shutil.copyfile(deepspeed, run_dir / "deepspeed.json")
+    rundir.write_yaml(run_dir / "accelerate.yaml", launcher.accelerate_file(engine, local, run_dir / "deepspeed.json"))
 
 
 def _engine() -> tuple[str, Path | None]:

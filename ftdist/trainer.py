@@ -13,8 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
 from ftdist.errors import UserError
+from ftdist.health import Health
+from ftdist.keeper import Keeper
 from ftdist.loss import IGNORED, Head, full_loss
 from ftdist.models import trainable_elements
+from ftdist.sampler import EpochLoader, Rows, StepSampler
 
 PROBE = 16  # tokens of a sequence in the self-check before the first step
 
@@ -37,15 +40,37 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.T
         for segment in (*row["lengths"], length - size):
             position_ids[i, start : start + segment] = torch.arange(segment)
             start += segment
-    tokens = torch.tensor([len(row["input_ids"]) for row in rows])
+    tokens = torch.tensor([0 if row.get("filler") else len(row["input_ids"]) for row in rows])
     return {"input_ids": input_ids, "position_ids": position_ids, "targets": targets, "tokens": tokens}
+
+
+class AskedToStop(Exception):
+    """All ranks have agreed to give up an evaluation."""
 
 
 class TokenTrainer(Trainer):
     """Every supervised token weighs the same, whatever micro-batch, accumulation step or rank it is in."""
 
-    def __init__(self, *, model: Any, packing: bool, loss_type: str, trainable: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model: Any,
+        packing: bool,
+        loss_type: str,
+        trainable: int,
+        keeper: Keeper,
+        health: Health,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model=model, **kwargs)
+        self.health = health
+        health.losses = self.losses
+        health.scaled = self.args.fp16
+        self.step_losses: list[torch.Tensor] = []  # of this rank, a micro-batch each
+        self.norm = math.nan  # of the gradients of the step, over all ranks
+        self.keeper = keeper
+        keeper.trainer = self
+        self.add_callback(keeper)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole global batch
         self.loss_is_scaled_for_ga = True
@@ -60,14 +85,39 @@ class TokenTrainer(Trainer):
         self.tokens = 0  # on this rank, padding not counted
         self.clock = (0, 0.0)  # tokens over all ranks and time at the last log
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's micro-batches; the sampler alone decides which rows they hold."""
+        args = self.args
+        sampler = StepSampler(
+            len(self.train_dataset),  # type: ignore[arg-type]
+            micro_batch=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            seed=args.seed,
+            drop_last=args.dataloader_drop_last,
+        )
+        self.steps_per_epoch = sampler.steps
+        return EpochLoader(
+            Rows(self.train_dataset),  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator().manual_seed(args.seed),  # of its own: dropout's random numbers stay the same
+        )
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one step and the number of supervised tokens in them, over all ranks."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        count = torch.zeros((), dtype=torch.long, device=device)
-        for batch in batches:
-            count += (batch["targets"] != IGNORED).sum()
-            self.tokens += int(batch["tokens"].sum())
-        return batches, self.accelerator.reduce(count, "sum")
+        count = sum(int((batch["targets"] != IGNORED).sum()) for batch in batches)
+        self.tokens += sum(int(batch["tokens"].sum()) for batch in batches)
+        count = sum(self.keeper.ranks.gather(count))
+        self.health.tokens(self.state.global_step + 1, count)
+        self.step_losses = []
+        return batches, torch.tensor(count, device=device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -79,7 +129,9 @@ class TokenTrainer(Trainer):
         assert not return_outputs and num_items_in_batch is not None
         if not self.examined:
             self._examine(model, inputs)
-        return self._summed_loss(model, inputs) / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        loss = self._summed_loss(model, inputs) / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        self.step_losses.append(loss.detach())
+        return loss
 
     def _summed_loss(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         targets = inputs["targets"]
@@ -151,6 +203,8 @@ class TokenTrainer(Trainer):
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for start in range(0, math.ceil(len(rows) / world), size):
+            if start and self.keeper.asked_to_stop():
+                raise AskedToStop
             wanted = [(start + i) * world + rank for i in range(size)]
             batch = self.data_collator([rows[i % len(rows)] for i in wanted if i < len(rows)] or [rows[0]])
             if wanted[0] >= len(rows):  # nothing left for this rank, but sharded forwards need every rank
@@ -164,6 +218,75 @@ class TokenTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Health: asked before torch's optimizer changes anything; DeepSpeed calls it inside the last backward
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        made = super().create_optimizer(model)
+        self.health.guard(made, self._norm, lambda: self.state.global_step + 1)
+        return made
+
+    def _norm(self) -> float:
+        engine = getattr(self.optimizer, "optimizer", None)
+        norm = getattr(engine, "_global_grad_norm", self.norm)
+        return float(norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        self.norm = float(super()._get_grad_norm(model, grad_norm))
+        step = self.state.global_step + 1
+        if step == 1:
+            shares = self.losses()
+            model_config: Any = self.model.config  # type: ignore[union-attr]
+            vocabulary = model_config.get_text_config().vocab_size
+            self.health.first(sum(shares) / len(shares), vocabulary)
+        self.health.may_apply(step, self.norm)  # ZeRO leaves a step of NaN out without asking
+        return self.norm
+
+    def losses(self) -> list[float]:
+        """Each rank's share of this step's loss, times the world size; their mean is the loss."""
+        return self.keeper.ranks.gather(float(sum(self.step_losses)))
+
+    # Saving and going on: transformers' own ways to write and find checkpoints are not used
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002  (transformers' hook)
+        self.keeper.save()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing: weights are restored when the engine is there."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.keeper.restore_random_state()
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self.keeper.restore()
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.keeper.evaluation_pending:
+            self._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
+        if self.state.global_step >= self.state.max_steps:  # resumed after the last step
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        if self.keeper.evaluation_pending and not self.keeper.stopping:  # resumed at the end of the last epoch
+            self._evaluate(trial, None)
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except AskedToStop:
+            self.keeper.interrupted_evaluation(self.control)
+            self.keeper.save()
+            self.control.should_save = False
+            return {}
+        self.keeper.evaluation_pending = False
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -6,6 +6,7 @@ needs is in the run directory; it composes nothing and decides nothing that anot
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -17,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import rundir, schema
-from ftdist.errors import FAILED, USAGE, UserError
+from ftdist import rundir, schema, stops
+from ftdist.errors import FAILED, OK, STOPPED, USAGE, Failed, UserError
 
 
-def train(run_dir: Path) -> None:
-    """Train the frozen run; leave its metrics and `final/`."""
+def train(run_dir: Path) -> int:
+    """Train the frozen run, or go on with it; leave its metrics and `final/`. The exit status: OK or STOPPED."""
     config = rundir.read_config(run_dir)
     plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
     main = int(os.environ.get("RANK", "0")) == 0
@@ -33,14 +34,21 @@ def train(run_dir: Path) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ftdist import models, tracking
+    from ftdist import keeper, models, tracking
+    from ftdist.health import Health
     from ftdist.plan.shapes import model_shapes
+    from ftdist.ranks import Ranks
     from ftdist.save import save_final
     from ftdist.strategies import Base, find
     from ftdist.trainer import TokenTrainer, collate
+    from ftdist.watch import Watch
 
     path, revision, remote = (config["model"][key] for key in ("path", "revision", "trust_remote_code"))
     arguments = training_arguments(run_dir, config, plan)  # first: under ZeRO-3 they make the model load sharded
+    ranks = Ranks()
+    watch = Watch(run_dir / "logs", ranks.rank, ranks.world, config["health"]["stall_minutes"], partial(fail, run_dir))
+    token = keeper.token_of(run_dir, ranks)
+    checkpoint = keeper.choose(run_dir, ranks)
     shapes = model_shapes(path, None, revision=revision, trust_remote_code=remote).architecture.parameters
     strategy = find(config["strategy"]["name"])
     base = Base(shapes, plan["precision"], plan["storage"], measured=True)
@@ -58,6 +66,17 @@ def train(run_dir: Path) -> None:
     template = (data / "chat_template.jinja").read_text(encoding="utf-8")
     if template:
         tokenizer.chat_template = template  # the one that was trained on is the one that is saved
+    keep = keeper.Keeper(
+        run_dir,
+        ranks,
+        token,
+        {key: plan[key] for key in ("model", "strategy", "engine", "sequences_per_step", "id")},
+        stops.Limit(config["train_until"]),
+        watch.progress,
+        **config["checkpoint"],
+    )
+    if checkpoint:
+        keep.resume(*checkpoint)
     with models.partly_quantized(model):
         trainer = TokenTrainer(
             model=model,
@@ -69,23 +88,40 @@ def train(run_dir: Path) -> None:
             eval_dataset=datasets.load_from_disk(str(data / "validation")),
             data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
             callbacks=list(recipe.callbacks),
+            keeper=keep,
+            health=Health(run_dir, main, **{key: config["health"][key] for key in schema.keys_of(Health.__init__)}),
         )
     if plan["stage"] and trainer.accelerator.distributed_type.value != "DEEPSPEED":
         raise RuntimeError("the launcher's environment keeps DeepSpeed out (unset ACCELERATE_USE_CPU)")
 
     finish = None
     if main:
+        if checkpoint:
+            rundir.record(run_dir, "resume", checkpoint[1]["step"], checkpoint=checkpoint[0].name)
+            print(f"going on from {checkpoint[0].name}", flush=True)
+            tracking.forget_after(run_dir, checkpoint[1]["step"])
+        else:
+            rundir.record(run_dir, "start", 0)
         log, finish = tracking.start(run_dir, config)
-        trainer.add_callback(tracking.follow(run_dir, log, sys.stdout))
-    trainer.train()
-    if plan["stage"] == 3:
-        engine: Any = trainer.model_wrapped
-        engine.empty_partition_cache()  # the last evaluation may have left prefetches in flight
-    save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main)
+        trainer.add_callback(tracking.follow(run_dir, log, sys.stdout, token))
+    trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+    keep.close()
+    watch.pause()
+    if keep.stopping is None:
+        if plan["stage"] == 3:
+            engine: Any = trainer.model_wrapped
+            engine.empty_partition_cache()  # the last evaluation may have left prefetches in flight
+        save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main)
+    if main:
+        name = "finished" if keep.stopping is None else "stopped"
+        rundir.record(run_dir, name, trainer.state.global_step, reason=keep.stopping)
+        outcome = {"outcome": name, "reason": keep.stopping, "step": trainer.state.global_step}
+        rundir.write_json(run_dir / "outcome.json", {**outcome, "status": OK if keep.stopping is None else STOPPED})
     if finish:
         finish()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    return OK if keep.stopping is None else STOPPED
 
 
 def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, Any]) -> Any:
@@ -136,23 +172,32 @@ def main(run_dir: Path) -> int:
     os.dup2(descriptor, sys.stderr.fileno())
     if rank != 0:
         os.dup2(descriptor, sys.stdout.fileno())
-    # A rank whose launcher is gone has nobody who would stop it: die with the parent (Linux, prctl 1 = PDEATHSIG).
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    # A rank whose launcher is gone has nobody who would stop it: save and end with the parent (Linux, 1 = PDEATHSIG).
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    stops.listen()
     try:
-        train(run_dir)
+        return train(run_dir)
     except Exception as failure:
         traceback.print_exc()
         text = str(failure).strip().splitlines() or [""]
-        known = isinstance(failure, UserError)
+        known = isinstance(failure, (UserError, Failed))
         message = text[0] if known else f"{type(failure).__name__}: {text[0]}"
-        report = {"rank": rank, "time": time.time(), "message": message, "log": str(log)}
-        rundir.write_json(logs / f"rank-{rank}.error.json", {**report, "status": USAGE if known else FAILED})
+        status = USAGE if isinstance(failure, UserError) else getattr(failure, "status", FAILED)
         os.write(console, f"ftdist: rank {rank}: {message} (log: {log})\n".encode())
+        fail(run_dir, message, status)
         # Not sys.exit: other threads and atexit hooks of a half-made process group can hang for minutes.
         sys.stderr.flush()
-        os._exit(USAGE if known else FAILED)
-    return 0
+        os._exit(status)
+
+
+def fail(run_dir: Path, message: str, status: int = FAILED) -> None:
+    """Leave this rank's last word for whoever started it."""
+    rank = int(os.environ.get("RANK", "0"))
+    logs = run_dir / "logs"
+    report = {"rank": rank, "time": time.time(), "message": message, "log": str(logs / f"rank-{rank}.log")}
+    with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
+        rundir.write_json(logs / f"rank-{rank}.error.json", {**report, "status": status})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,466 @@
+"""Keeps a run: when to save, how a save becomes a commit, when to stop, where to go on. One on every rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ftdist import checkpoint, lease, stops
+from ftdist.errors import FENCED, Failed
+from ftdist.ranks import Ranks
+from ftdist.rundir import record
+from ftdist.state import State, random_state, set_random_state, write
+
+STATE_FILE = "trainer_state.json"  # transformers' own name and format, without its log
+
+
+def choose(run_dir: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, with its manifest; None for a run that has not begun to train.
+
+    The ranks share the reading. What does not verify is set aside, and said. Failed when nothing is left: a run that
+    has trained never begins again silently.
+    """
+    started = ranks.from_first((run_dir / checkpoint.FOLDER).is_dir())
+    if not started:
+        return None
+    steps = ranks.from_first(checkpoint.steps(run_dir))
+    for step in steps:
+        path = checkpoint.folder(run_dir, step)
+        manifest, reason = ranks.from_first(_read(path))
+        if not reason:
+            names = sorted(manifest["files"])[ranks.rank :: ranks.world]
+            reason = next(filter(None, ranks.gather(_verify(path, manifest["files"], names))), "")
+        if not reason:
+            return path, manifest
+        if ranks.rank == 0:
+            aside = checkpoint.set_aside(run_dir, step)
+            record(run_dir, "set-aside", step, reason=reason, moved_to=str(aside.relative_to(run_dir)))
+            print(f"checkpoint of step {step} is broken ({reason}); set aside in {aside}", flush=True)
+        ranks.gather(None)
+    raise Failed(
+        f"{run_dir}: no checkpoint that can be trusted is left ({len(steps)} broken now, see checkpoints/set-aside); "
+        "a run that has trained is not begun again silently: start a new one with another run_dir",
+        FENCED,
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        return checkpoint.read_manifest(path), ""
+    except checkpoint.Broken as failure:
+        return {}, str(failure)
+
+
+def _verify(path: Path, files: Mapping[str, Any], names: list[str]) -> str:
+    try:
+        checkpoint.verify(path, files, names)
+    except checkpoint.Broken as failure:
+        return str(failure)
+    return ""
+
+
+class Keeper(TrainerCallback):
+    """Saves, stops and resumes the trainer that it is given; the order of calls is the same on every rank."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        ranks: Ranks,
+        token: int,
+        facts: Mapping[str, Any],
+        limit: stops.Limit,
+        progress: Callable[[int], None],
+        *,
+        every_steps: int | None,
+        every_minutes: float | None,
+        keep_last: int,
+        keep_best: int,
+        keep_every: int | None,
+        background: bool,
+        max_failed_saves: int,
+    ) -> None:
+        """facts: what every manifest says of the run; progress: told whenever the ranks have agreed on something."""
+        self.run_dir, self.ranks, self.token, self.facts, self.limit = run_dir, ranks, token, dict(facts), limit
+        self.progress = progress
+        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
+        self.background, self.max_failed_saves = background, max_failed_saves
+        self.main = ranks.rank == 0
+        self.trainer: Any = None
+        self.resumed: tuple[Path, dict[str, Any]] | None = None
+        self.stopping: str | None = None  # why
+        self.evaluation_pending = False  # an evaluation was due at this step and has not been made
+        self.evaluated: tuple[int, float] | None = None  # step and held-out loss of the last one
+        self.best: float | None = None
+        self.due_at_epoch_end = False
+        self.failed_saves = 0
+        self.committed: int | None = None
+        self.draft: _Draft | None = None
+        self.saved_at = time.monotonic()
+        self.save_seconds = 0.0  # of the longest pause for a save until now
+        self.pause = 0.0  # of the last one
+        self.step_seconds = 0.0
+        self.step_began = time.monotonic()
+
+    # What the trainer asks
+
+    def resume(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Go on from here when the trainer is ready for it."""
+        self.resumed = path, manifest
+        self.committed = manifest["step"]
+        self.evaluation_pending = manifest["evaluation_pending"]
+        self.best = manifest["best_loss"]
+
+    def restore(self) -> None:
+        """Weights, optimizer and schedule as they were. The model is wrapped and the optimizer exists."""
+        assert self.resumed is not None
+        path, manifest = self.resumed
+        if not manifest["initial"]:
+            trainer = self.trainer
+            State(trainer.model, trainer.optimizer, self.ranks.rank, self.ranks.world).restore(path)
+            own = _own_file(path, 0)
+            _schedule(trainer).load_state_dict(own["schedule"])
+            engine = trainer.model_wrapped if hasattr(trainer.model_wrapped, "global_steps") else None
+            if engine is not None:
+                engine.global_steps = manifest["step"]
+            if getattr(trainer.accelerator, "scaler", None) is not None and own["scaler"]:
+                trainer.accelerator.scaler.load_state_dict(own["scaler"])
+
+    def restore_random_state(self) -> None:
+        """This rank's random numbers go on; a rank that did not exist then keeps its fresh ones."""
+        assert self.resumed is not None
+        path, manifest = self.resumed
+        if not manifest["initial"] and self.ranks.rank < manifest["world_size"]:
+            set_random_state(path, self.ranks.rank, _own_file(path, self.ranks.rank)["random"])
+
+    def asked_to_stop(self) -> bool:
+        """Agreed by all ranks. Called between the batches of an evaluation."""
+        self.progress(self.trainer.state.global_step)
+        return bool(self._agree(self.trainer.state.global_step)[0])
+
+    # What happens at a step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if self.resumed is None or self.resumed[1]["initial"]:
+            if self.resumed is None:
+                self._commit_initial()
+        else:
+            path, manifest = self.resumed
+            trainer.tokens = manifest["tokens"] if self.main else 0
+            if self.ranks.world == manifest["world_size"]:
+                own = _own_file(path, self.ranks.rank)
+                trainer._tr_loss.fill_(own["loss_since_log"])
+            else:
+                total = sum(_own_file(path, r)["loss_since_log"] for r in range(manifest["world_size"]))
+                trainer._tr_loss.fill_(total / manifest["world_size"])
+            trainer._globalstep_last_logged = manifest["last_logged"]
+            trainer.health.norms.extend(_own_file(path, 0)["norms"])
+            known = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["stateful_callbacks"]
+            for callback in self._stateful():
+                vars(callback).update(known.get(type(callback).__name__, {}).get("attributes", {}))
+        if self.main:
+            (self.run_dir / stops.RUNNING).touch()
+        stops.training(True)
+        self.step_began = self.saved_at = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        self.progress(step)
+        now = time.monotonic()
+        self.step_seconds, self.step_began = now - self.step_began, now
+        stop, writing, due = self._agree(step)
+        if self.draft is not None and not writing:
+            self._finish()
+        boundary = step % self.trainer.steps_per_epoch == 0 or step >= state.max_steps
+        if stop:
+            self._stop(step, control, boundary and args.eval_strategy == "epoch" or control.should_evaluate)
+        elif due and step < state.max_steps:
+            if boundary:
+                self.due_at_epoch_end = True  # after the evaluation that comes first there
+            else:
+                control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopping:
+            control.should_evaluate = control.should_save = False
+        elif self.due_at_epoch_end:
+            self.due_at_epoch_end = False
+            control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if metrics is None or "eval_loss" not in metrics:
+            return
+        loss = metrics["eval_loss"]
+        self.evaluated = state.global_step, loss
+        if self.best is None or loss < self.best:
+            self.best = loss
+            if self.keep_best and state.global_step < state.max_steps:
+                control.should_save = True
+
+    def interrupted_evaluation(self, control: Any) -> None:
+        """An evaluation was given up because of a stop: the next start makes it."""
+        self._stop(self.trainer.state.global_step, control, True)
+
+    def _stop(self, step: int, control: Any, evaluation_pending: bool) -> None:
+        reasons = self.ranks.gather(self._reason(step))
+        self.stopping = next(filter(None, reasons), "another rank asked for it")
+        self.evaluation_pending = evaluation_pending
+        control.should_save = control.should_training_stop = True
+        control.should_evaluate = False
+
+    def _agree(self, step: int) -> list[int]:
+        """Whether to stop, whether some rank still writes, whether a save is due: the same answer on all ranks."""
+        due = False
+        if self.main:
+            lease.check(self.run_dir, self.token)
+            minutes = (time.monotonic() - self.saved_at) / 60
+            due = self.every_minutes is not None and minutes >= self.every_minutes
+        if self.every_steps is not None and step % self.every_steps == 0:
+            due = True
+        writing = self.draft is not None and not self.draft.written
+        return self.ranks.maximum(int(self._reason(step) is not None), int(writing), int(due))
+
+    def _reason(self, step: int) -> str | None:
+        if reason := stops.noted():
+            return reason
+        if self.main:
+            reserve = self.step_seconds + self.save_seconds
+            return stops.requested(self.run_dir) or self.limit.reached(step, reserve)
+        return None
+
+    # Saving
+
+    def save(self) -> None:
+        """Start to save the step that has just been finished; at a stop, and without `background`, also finish it."""
+        self._finish()
+        trainer, step = self.trainer, self.trainer.state.global_step
+        began = time.monotonic()
+        if self.committed != step:
+            state = State(trainer.model, trainer.optimizer, self.ranks.rank, self.ranks.world)
+            tensors, index = state.snapshot()
+            random_tensors, random_plain = random_state()
+            scaler = getattr(trainer.accelerator, "scaler", None)
+            own = {
+                "state": index,
+                "random": random_plain,
+                "norms": list(trainer.health.norms),
+                "loss_since_log": float(trainer._tr_loss),
+                "schedule": _schedule(trainer).state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            self._start(step, tensors | random_tensors, own)
+            self.pause = time.monotonic() - began
+            if self.stopping or not self.background:
+                self._finish()
+        self.saved_at = time.monotonic()
+        self.save_seconds = max(self.save_seconds, self.saved_at - began)
+        if self.stopping and self.committed != step:
+            raise Failed(
+                f"stopped ({self.stopping}) and could not save step {step}; "
+                f"the newest checkpoint is that of step {self.committed}"
+            )
+
+    def close(self) -> None:
+        """Finish what is still being written, and show that nothing is trained any more."""
+        self._finish()
+        if self.main:
+            (self.run_dir / stops.RUNNING).unlink(missing_ok=True)
+        stops.training(False)
+
+    def _start(self, step: int, tensors: dict[str, Any], own: dict[str, Any]) -> None:
+        """Make room, agree that there is enough, and write from a thread."""
+        sizes = self.ranks.gather(sum(tensor.nbytes for tensor in tensors.values()))
+        draft = checkpoint.drafts(self.run_dir, step, self.token)
+        problem = ""
+        if self.main:
+            lacking = checkpoint.lacking_bytes(self.run_dir / checkpoint.FOLDER, sum(sizes))
+            if lacking:
+                problem = f"the disk lacks {lacking:,} of {sum(sizes):,} bytes"
+            else:
+                try:
+                    shutil.rmtree(draft, ignore_errors=True)
+                    draft.mkdir(mode=0o700)
+                except OSError as failure:
+                    problem = str(failure)
+        problem = self.ranks.from_first(problem)
+        if problem:
+            self._failed(step, problem)
+            return
+        texts = {STATE_FILE: self._trainer_state()} if self.main else {}
+        manifest = {
+            "step": step,
+            "world_size": self.ranks.world,
+            "tokens": sum(self.ranks.gather(self.trainer.tokens)),
+            "initial": False,
+            "last_logged": self.trainer._globalstep_last_logged,
+            "evaluation_pending": self.evaluation_pending,
+            "eval_loss": self.evaluated[1] if self.evaluated and self.evaluated[0] == step else None,
+            "best_loss": self.best,
+        }
+        self.draft = _Draft(draft, self.ranks.rank, tensors, own, texts, manifest)
+
+    def _finish(self) -> None:
+        """Wait for this rank's files, gather what was written, commit."""
+        if self.draft is None:
+            return
+        draft, self.draft = self.draft, None
+        draft.wait()
+        results = self.ranks.gather((draft.files, draft.problem))
+        step = draft.manifest["step"]
+        problem = next((p for _, p in results if p), "")
+        if not problem and self.main:
+            files = {name: entry for part, _ in results for name, entry in part.items()}
+            problem = self._commit(draft.path, {**draft.manifest, "files": files})
+        problem = self.ranks.from_first(problem)
+        if problem:
+            if self.main:
+                shutil.rmtree(draft.path, ignore_errors=True)
+            self._failed(step, problem)
+            return
+        self.committed, self.failed_saves = step, 0
+        if self.main:
+            size = sum(entry["bytes"] for part, _ in results for entry in part.values())
+            record(self.run_dir, "checkpoint", step, bytes=size, pause=self.pause, write=draft.seconds)
+            self._rotate()
+
+    def _commit(self, draft: Path, manifest: dict[str, Any]) -> str:
+        """Rank 0: the files become a checkpoint, unless somebody else has the run. The problem, if there is one."""
+        checkpoint.sync(draft)
+        whole = {**self.facts, "token": self.token, "time": time.time(), **manifest}
+        try:
+            with lease.guarded(self.run_dir, self.token):
+                checkpoint.commit(draft, checkpoint.folder(self.run_dir, manifest["step"]), whole)
+        except OSError as failure:
+            return str(failure)
+        return ""
+
+    def _commit_initial(self) -> None:
+        """Step 0: the mark that training has begun. Base and seed make its state again, so it holds no tensors."""
+        parent = self.run_dir / checkpoint.FOLDER
+        draft = checkpoint.drafts(self.run_dir, 0, self.token)
+        problem = ""
+        if self.main:
+            parent.mkdir(mode=0o700, exist_ok=True)
+            draft.mkdir(mode=0o700)
+            (draft / STATE_FILE).write_text(self._trainer_state(), encoding="utf-8")
+            manifest = {
+                "step": 0,
+                "world_size": self.ranks.world,
+                "tokens": 0,
+                "initial": True,
+                "last_logged": 0,
+                "evaluation_pending": False,
+                "eval_loss": None,
+                "best_loss": None,
+                "files": {STATE_FILE: checkpoint.fingerprint(draft / STATE_FILE)},
+            }
+            problem = self._commit(draft, manifest)
+        problem = self.ranks.from_first(problem)
+        if problem:
+            raise Failed(f"cannot save in {self.run_dir}: {problem}")
+        self.committed = 0
+
+    def _rotate(self) -> None:
+        losses = {}
+        for step in checkpoint.steps(self.run_dir):
+            manifest, problem = _read(checkpoint.folder(self.run_dir, step))
+            if not problem:
+                losses[step] = manifest["eval_loss"]
+        kept = self.keep_last, self.keep_best, self.keep_every
+        for step in checkpoint.surplus(losses, *kept):
+            checkpoint.remove(self.run_dir, step)
+
+    def _failed(self, step: int, problem: str) -> None:
+        """A save that did not become a checkpoint: go on without it, a few times."""
+        self.failed_saves += 1
+        text = f"step {step} was not saved ({problem}); the newest checkpoint is that of step {self.committed}"
+        if self.main:
+            record(self.run_dir, "save-failed", step, reason=problem, newest=self.committed)
+            print(f"warning: {text}", flush=True)
+        if self.failed_saves > self.max_failed_saves and not self.stopping:
+            raise Failed(f"{text}; {self.failed_saves} saves in a row have failed (checkpoint.max_failed_saves)")
+
+    def _trainer_state(self) -> str:
+        """transformers' state without its log, which metrics.jsonl has, and with the callbacks' own states."""
+        trainer = self.trainer
+        callbacks: dict[str, Any] = {type(c).__name__: c.state() for c in self._stateful()}
+        return json.dumps({**asdict(trainer.state), "log_history": [], "stateful_callbacks": callbacks})
+
+    def _stateful(self) -> list[Any]:
+        return [c for c in self.trainer.callback_handler.callbacks if isinstance(c, ExportableState)]
+
+
+class _Draft:
+    """One rank's part of a checkpoint, written and hashed by a thread."""
+
+    def __init__(
+        self,
+        path: Path,
+        rank: int,
+        tensors: dict[str, Any],
+        own: dict[str, Any],
+        texts: dict[str, str],
+        manifest: dict[str, Any],
+    ) -> None:
+        self.path, self.manifest = path, manifest
+        self.files: dict[str, dict[str, Any]] = {}
+        self.problem = ""
+        self.seconds = 0.0
+        self.thread = threading.Thread(target=self._write, args=(rank, tensors, own, texts), name="save")
+        self.thread.start()
+
+    def _write(self, rank: int, tensors: dict[str, Any], own: dict[str, Any], texts: dict[str, str]) -> None:
+        began = time.monotonic()
+        try:
+            written = write(self.path, rank, tensors, own)
+            for name, text in texts.items():
+                (self.path / name).write_text(text, encoding="utf-8")
+                written.append(self.path / name)
+            self.files = {file.name: checkpoint.fingerprint(file) for file in written}
+        except (OSError, SafetensorError) as failure:
+            self.problem = f"rank {rank}: {str(failure).strip().splitlines()[0]}"
+        self.seconds = time.monotonic() - began
+
+    @property
+    def written(self) -> bool:
+        return not self.thread.is_alive()
+
+    def wait(self) -> None:
+        self.thread.join()
+
+
+def _schedule(trainer: Any) -> Any:
+    """The learning-rate scheduler itself, out of whatever wraps it."""
+    scheduler = trainer.lr_scheduler
+    return getattr(scheduler, "scheduler", scheduler)
+
+
+def _own_file(path: Path, rank: int) -> dict[str, Any]:
+    own: dict[str, Any] = json.loads((path / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
+    return own
+
+
+def token_of(run_dir: Path, ranks: Ranks) -> int:
+    """The lease that this start writes under: its launcher's, or one of its own. Rank 0 keeps it alive."""
+    token = 0
+    if ranks.rank == 0:
+        given = os.environ.get(lease.VARIABLE)
+        token = int(given) if given else lease.take(run_dir).token
+        lease.check(run_dir, token)
+        lease.keep_alive(run_dir, token)
+    return int(ranks.from_first(token))

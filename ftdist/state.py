@@ -1,0 +1,343 @@
+"""The state of training as tensors with names: out of any engine into files, and back into any engine.
+
+Trained weights (in full precision) and the optimizer's moments are saved by parameter name and element range, each
+rank what it holds, without any communication. A range is put together again from whatever files hold it, so that
+another world size, ZeRO stage or engine reads the same checkpoint. Only safetensors and JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ftdist.errors import Failed
+
+WEIGHT = "weight"  # beside the optimizer's own names: exp_avg, exp_avg_sq, …
+SEPARATOR = "|"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements [start, start + length) of parameter `name` lie at [offset, offset + length) of a flat tensor."""
+
+    name: str
+    start: int
+    length: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A tensor that the optimizer updates, and whose elements they are."""
+
+    tensor: torch.Tensor
+    segments: tuple[Segment, ...]
+
+
+class State:
+    """What one rank holds of the trained weights and of the optimizer, whatever the engine."""
+
+    def __init__(self, model: Any, optimizer: Any, rank: int, world: int) -> None:
+        """optimizer: the one that accelerate prepared."""
+        self.rank, self.world = rank, world
+        self.names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {
+            name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad
+        }
+        inner = optimizer.optimizer
+        self.zero: Any = inner if hasattr(inner, "optimizer") and hasattr(inner, "loss_scaler") else None
+        self.base: torch.optim.Optimizer = inner.optimizer if self.zero is not None else inner
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.zero is None:
+            self.layout, self.replicated = "replicated", True
+            self.flats = [Flat(p.data, (Segment(self.names[id(p)], 0, p.numel(), 0),)) for p in parameters]
+            self.keys: list[Any] = parameters
+        else:
+            self.replicated = False
+            if hasattr(self.zero, "fp32_partitioned_groups_flat"):
+                self.layout = f"zero3 rank {rank} of {world}"
+                self.flats = list(self._of_stage_3(parameters))
+            else:
+                self.layout = f"zero2 rank {rank} of {world}"
+                self.flats = list(self._of_stage_1_and_2())
+            self.keys = [flat.tensor for flat in self.flats]
+
+    def _of_stage_1_and_2(self) -> Iterator[Flat]:
+        for flat, parameters in zip(self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True):
+            yield Flat(
+                flat,
+                tuple(
+                    Segment(
+                        self.names[id(p)],
+                        p._hp_mapping.lp_fragment_address.start,
+                        p._hp_mapping.lp_fragment_address.numel,
+                        p._hp_mapping.hp_fragment_address.start,
+                    )
+                    for p in parameters
+                    if p._hp_mapping is not None
+                ),
+            )
+
+    def _of_stage_3(self, parameters: list[Any]) -> Iterator[Flat]:
+        found: list[list[Segment]] = [[] for _ in self.zero.fp32_partitioned_groups_flat]
+        for p in parameters:
+            group, offset, size = self.zero.grad_position[self.zero.get_param_id(p)]
+            start = size * self.rank
+            length = min(size, p.ds_numel - start)  # the last partitions are padded
+            if length > 0:
+                found[group].append(Segment(self.names[id(p)], start, length, offset))
+        for flat, segments in zip(self.zero.fp32_partitioned_groups_flat, found, strict=True):
+            yield Flat(flat, tuple(segments))
+
+    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Copies on the host of what this rank is to write, and the index that says what they are.
+
+        Where every rank holds everything, each writes its share of the elements.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        ranges: dict[str, dict[str, int]] = {}
+        scalars: dict[str, dict[str, Any]] = {}
+        bound: list[str] = []
+        for number, (flat, key) in enumerate(zip(self.flats, self.keys, strict=True)):
+            state = self.base.state.get(key, {})
+            elementwise, single, other = _sorted(state, flat.tensor)
+            if other:  # such as 8-bit blocks: they mean nothing without the tensor that they belong to
+                bound += [f"{flat.segments[0].name if self.replicated else number}{SEPARATOR}{k}" for k in other]
+                if not self.replicated or self.rank == 0:
+                    tensors |= {name: _copied(state[name.rpartition(SEPARATOR)[2]]) for name in bound[-len(other) :]}
+            for segment in flat.segments:
+                first, last = segment.start, segment.start + segment.length
+                if self.replicated:
+                    first = segment.length * self.rank // self.world
+                    last = segment.length * (self.rank + 1) // self.world
+                if single:
+                    scalars[segment.name] = single
+                if first == last:
+                    continue
+                ranges[segment.name] = {"start": first, "length": last - first}
+                place = slice(segment.offset + first - segment.start, segment.offset + last - segment.start)
+                for kind, tensor in ({WEIGHT: flat.tensor} | elementwise).items():
+                    tensors[f"{segment.name}{SEPARATOR}{kind}"] = _copied(tensor.reshape(-1)[place])
+        index = {
+            "layout": self.layout,
+            "ranges": ranges,
+            "scalars": scalars,
+            "bound": bound,
+            "shapes": {name: self.shapes[name] for name in {**ranges, **scalars}},
+            "groups": [{k: float(g[k]) for k in ("lr", "initial_lr") if k in g} for g in self.base.param_groups],
+            "scaler": _numbers(self.zero.loss_scaler) if self.zero is not None else {},
+        }
+        return tensors, index
+
+    def restore(self, checkpoint: Path) -> None:
+        """Put a checkpoint's weights and moments in the place of what is held now. Failed if they do not fit."""
+        saved = Saved(checkpoint)
+        saved.check(self.shapes)
+        with torch.no_grad():
+            if self.zero is not None and self.layout.startswith("zero3"):
+                self.zero.checkpoint_event_prologue()
+            for number, (flat, key) in enumerate(zip(self.flats, self.keys, strict=True)):
+                self._restore_state(saved, flat, key, number)
+                for segment in flat.segments:
+                    saved.fill(flat.tensor.reshape(-1), segment, WEIGHT)
+            if self.zero is not None:
+                self._refresh()
+        for group, values in zip(self.base.param_groups, saved.groups, strict=True):
+            group.update({k: type(group[k])(v) for k, v in values.items() if not torch.is_tensor(group.get(k))})
+        if self.zero is not None:
+            vars(self.zero.loss_scaler).update(saved.scaler)
+
+    def _restore_state(self, saved: Saved, flat: Flat, key: Any, number: int) -> None:
+        names = [segment.name for segment in flat.segments]
+        state: dict[str, Any] = {}
+        for kind in saved.bound_kinds(names[0] if self.replicated and names else number, self.layout):
+            owner = names[0] if self.replicated else number
+            state[kind] = saved.bound(f"{owner}{SEPARATOR}{kind}", self.layout).to(flat.tensor.device)
+        for kind, (value, dtype) in (saved.scalars.get(names[0], {}) if names else {}).items():
+            device = flat.tensor.device if self._scalars_on_device(kind) else "cpu"
+            state[kind] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype), device=device)
+        for kind in saved.kinds(names):
+            state[kind] = torch.zeros_like(flat.tensor, dtype=saved.dtype(names, kind))
+            for segment in flat.segments:
+                saved.fill(state[kind].reshape(-1), segment, kind)
+        if state:
+            self.base.state[key] = state
+
+    def _scalars_on_device(self, kind: str) -> bool:
+        """torch keeps the step counter of fused and capturable optimizers beside the weights, of others on the CPU."""
+        return kind != "step" or any(g.get("fused") or g.get("capturable") for g in self.base.param_groups)
+
+    def _refresh(self) -> None:
+        """The engine's copies of the weights, in the precision of the computation, from the restored ones."""
+        zero = self.zero
+        if hasattr(zero, "single_partition_of_fp32_groups"):
+            zero.update_lp_params()
+            zero._hp_optimizer_states_linked = False
+            if all(zero.optimizer.state.get(flat) for flat in zero.single_partition_of_fp32_groups):
+                zero._lazy_init_hp_params_optimizer_state()
+            return
+        for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            half = zero.fp16_partitioned_groups_flat[group]
+            if flat.numel() == 0:
+                continue
+            half.data.copy_(flat.data)
+            parts = zero.unflatten(half, zero.fp16_partitioned_groups[group])
+            for partition, values in zip(zero.fp16_partitioned_groups[group], parts, strict=True):
+                partition.data = values.data
+        zero.checkpoint_event_epilogue()
+
+
+class Saved:
+    """The files of a checkpoint, read by parameter name and element range."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.indices: list[dict[str, Any]] = []
+        self.files: list[Any] = []
+        for file in sorted(checkpoint.glob("rank-*.json")):
+            self.indices.append(json.loads(file.read_text(encoding="utf-8"))["state"])
+            self.files.append(safe_open(file.with_suffix(".safetensors"), framework="pt"))  # type: ignore[no-untyped-call]
+        self.keys = [set(file.keys()) for file in self.files]
+        self.pieces: dict[str, list[tuple[int, int, int]]] = {}  # name → (file, start, length)
+        self.scalars: dict[str, dict[str, Any]] = {}
+        self.shapes: dict[str, list[int]] = {}
+        for number, index in enumerate(self.indices):
+            self.scalars |= index["scalars"]
+            self.shapes |= index["shapes"]
+            for name, where in index["ranges"].items():
+                self.pieces.setdefault(name, []).append((number, where["start"], where["length"]))
+        self.groups = self.indices[0]["groups"]
+        self.scaler = self.indices[0]["scaler"]
+
+    def check(self, shapes: Mapping[str, list[int]]) -> None:
+        """Failed, unless the checkpoint holds just these parameters with these shapes."""
+        for name in [*sorted(set(shapes) - set(self.shapes)), *sorted(set(self.shapes) - set(shapes))]:
+            where = "the model trains" if name in shapes else "the checkpoint has"
+            raise Failed(f"checkpoint of another run: only {where} {name}")
+        for name, shape in shapes.items():
+            if list(shape) != self.shapes[name]:
+                raise Failed(
+                    f"checkpoint of another run: {name} has shape {list(shape)}, saved was {self.shapes[name]}"
+                )
+
+    def kinds(self, names: list[str]) -> list[str]:
+        """The optimizer's elementwise states of these parameters."""
+        found: set[str] = set()
+        for name in names:
+            number = self.pieces[name][0][0]
+            prefix = name + SEPARATOR
+            found |= {key[len(prefix) :] for key in self.keys[number] if key.startswith(prefix)}
+        bound = {key.rpartition(SEPARATOR)[2] for index in self.indices for key in index["bound"]}
+        return sorted(found - {WEIGHT} - bound)
+
+    def dtype(self, names: list[str], kind: str) -> torch.dtype:
+        """The element type in which a state was saved."""
+        number = self.pieces[names[0]][0][0]
+        first: torch.Tensor = self.files[number].get_slice(f"{names[0]}{SEPARATOR}{kind}")[0:1]
+        return first.dtype
+
+    def fill(self, flat: torch.Tensor, segment: Segment, kind: str) -> None:
+        """Copy the segment's elements from the files that hold them into the flat tensor."""
+        wanted = segment.start + segment.length
+        filled = 0
+        for number, start, length in self.pieces[segment.name]:
+            first, last = max(segment.start, start), min(wanted, start + length)
+            if first >= last:
+                continue
+            piece = self.files[number].get_slice(f"{segment.name}{SEPARATOR}{kind}")[first - start : last - start]
+            offset = segment.offset + first - segment.start
+            flat[offset : offset + last - first].copy_(piece)
+            filled += last - first
+        if filled != segment.length:
+            raise Failed(f"the checkpoint holds {filled:,} of {segment.length:,} elements of {segment.name} ({kind})")
+
+    def bound_kinds(self, owner: str | int, layout: str) -> list[str]:
+        """States of `owner` that only the same layout can read. Failed if the checkpoint has some of another layout."""
+        prefix = f"{owner}{SEPARATOR}"
+        for index in self.indices:
+            if index["bound"] and index["layout"] == layout:
+                return [key[len(prefix) :] for key in index["bound"] if key.startswith(prefix)]
+        if any(index["bound"] for index in self.indices):
+            raise Failed(
+                f"this optimizer's state cannot be shared out anew (saved as {self.indices[0]['layout']}, wanted as "
+                f"{layout}); resume with the engine and the number of processes that saved it"
+            )
+        return []
+
+    def bound(self, key: str, layout: str) -> torch.Tensor:
+        """Such a state."""
+        number = next(i for i, index in enumerate(self.indices) if index["layout"] == layout)
+        tensor: torch.Tensor = self.files[number].get_tensor(key)
+        return tensor
+
+
+def write(directory: Path, rank: int, tensors: dict[str, torch.Tensor], index: dict[str, Any]) -> list[Path]:
+    """This rank's two files."""
+    stem = directory / f"rank-{rank:05d}"
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    stem.with_suffix(".json").write_text(json.dumps(index), encoding="utf-8")
+    return [stem.with_suffix(".safetensors"), stem.with_suffix(".json")]
+
+
+def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Every random number generator of this process: tensors, and plain data."""
+    tensors = {"random|torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random|cuda"] = torch.cuda.get_rng_state()
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    tensors["random|numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    version, numbers, following = random.getstate()
+    plain = {"numpy": [name, position, has_gauss, gauss], "python": [version, list(numbers), following]}
+    return tensors, plain
+
+
+def set_random_state(checkpoint: Path, rank: int, plain: Mapping[str, Any]) -> None:
+    """The generators as the rank left them."""
+    with safe_open(checkpoint / f"rank-{rank:05d}.safetensors", framework="pt") as file:
+        torch.set_rng_state(file.get_tensor("random|torch"))
+        if torch.cuda.is_available() and "random|cuda" in file.keys():  # noqa: SIM118  (no mapping)
+            torch.cuda.set_rng_state(file.get_tensor("random|cuda"))
+        keys = file.get_tensor("random|numpy").numpy().astype(np.uint32)
+    name, position, has_gauss, gauss = plain["numpy"]
+    np.random.set_state((name, keys, position, has_gauss, gauss))
+    version, numbers, following = plain["python"]
+    random.setstate((version, tuple(numbers), following))
+
+
+def _sorted(
+    state: Mapping[str, Any], tensor: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:
+    """An optimizer's state of one tensor: elementwise tensors, single numbers with their type, names of the rest."""
+    elementwise: dict[str, torch.Tensor] = {}
+    single: dict[str, Any] = {}
+    other: list[str] = []
+    for kind, value in state.items():
+        if not torch.is_tensor(value):
+            if isinstance(value, (int, float)):
+                single[kind] = (value, None)
+        elif value.numel() == 1 and value.shape != tensor.shape:
+            single[kind] = (value.item(), str(value.dtype).removeprefix("torch."))
+        elif value.shape == tensor.shape:
+            elementwise[kind] = value
+        else:
+            other.append(kind)
+    if other:  # moments in blocks: the elementwise part means nothing without the rest
+        other += list(elementwise)
+        elementwise = {}
+    return elementwise, single, other
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _numbers(owner: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(owner).items() if isinstance(v, (int, float, bool))}
