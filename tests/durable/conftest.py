@@ -1,0 +1,136 @@
+"""A process that forks starts of the worker, runs made with it, and how two runs are compared bit by bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEPS = 6
+BASE = (
+    "train.learning_rate=1e-2",
+    "cluster.oversubscribe=true",
+    f"train.max_steps={STEPS}",
+    "eval.samples=0",
+    "checkpoint.every_minutes=null",
+)
+
+
+class Forks:
+    """The forking process; one for a test session's worker."""
+
+    def __init__(self, environment, errors):
+        self.errors = errors
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forks.py")],
+            env=environment | {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors.open("a"),
+            text=True,
+        )
+        assert self._answer() == {"ready": True}
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        assert line, self.errors.read_text()[-3000:]
+        return json.loads(line)
+
+    def _ask(self, **command):
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self._answer()["pids"]
+
+    def freeze(self, run_dir, *words):
+        """A run directory, ready to be started."""
+        self._ask(freeze=[*words, f"run_dir={run_dir}"])
+        assert self._answer()["statuses"] == [0], self.errors.read_text()[-3000:]
+        return run_dir
+
+    def change(self, run_dir, *words):
+        """The first half of `ftdist resume RUN words`: the status of the process."""
+        self._ask(change=str(run_dir), words=list(words))
+        return self._answer()["statuses"][0]
+
+    def begin(self, run_dir, world=2):
+        """Start the ranks; their pids."""
+        return self._ask(start=str(run_dir), world=world)
+
+    def end(self):
+        """The statuses of the ranks that were begun last."""
+        return self._answer()["statuses"]
+
+    def start(self, run_dir, world=2):
+        self.begin(run_dir, world)
+        return self.end()
+
+
+@pytest.fixture(scope="session")
+def forks(environment, tmp_path_factory):
+    forks = Forks(environment, tmp_path_factory.mktemp("forks") / "errors.log")
+    yield forks
+    forks.process.stdin.close()
+    forks.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def words(small):
+    """`words(strategy, engine, …)`: overrides of a short run of that cell, global batch 4."""
+
+    def words(strategy, engine, *more, processes=2):
+        micro = 4 // processes
+        return (
+            *small,
+            *BASE,
+            f"strategy={strategy}",
+            f"engine={engine}",
+            f"cluster.processes={processes}",
+            f"train.per_device_train_batch_size={micro}",
+            *(("strategy.top_percent=50",) if strategy == "spectrum" else ()),
+            *more,
+        )
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def untouched(forks, words, tmp_path_factory):
+    """`untouched(strategy, engine, …)`: a run that nothing has happened to. Made once."""
+    made = {}
+
+    def untouched(strategy, engine, *more, processes=2):
+        key = strategy, engine, more, processes
+        if key not in made:
+            run_dir = tmp_path_factory.mktemp("untouched") / "run"
+            forks.freeze(run_dir, *words(strategy, engine, *more, processes=processes))
+            assert forks.start(run_dir, processes) == [0] * processes, last_words(run_dir)
+            made[key] = run_dir
+        return made[key]
+
+    return untouched
+
+
+def last_words(run_dir):
+    return "\n".join(f.read_text()[-1500:] for f in sorted((run_dir / "logs").glob("rank-*")) if f.is_file())
+
+
+def metrics(run_dir):
+    """The lines of metrics.jsonl without what a clock has measured."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def events(run_dir, name):
+    rows = [json.loads(line) for line in (run_dir / "events.jsonl").open()]
+    return [row for row in rows if row["event"] == name]
+
+
+def weights(run_dir):
+    return {f.name: f.read_bytes() for f in sorted((run_dir / "final").glob("*.safetensors"))}
+
+
+def same(run_dir, other):
+    """The same losses, rates, norms and token counts in every step, and the same bits in the end."""
+    assert metrics(run_dir) == metrics(other)
+    assert weights(run_dir) == weights(other) and weights(other)
