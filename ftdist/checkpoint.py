@@ -135,9 +135,9 @@ def set_aside(run_dir: Path, step: int) -> Path:
 def remove_drafts(run_dir: Path) -> None:
     """What interrupted saves and interrupted removals left behind."""
     parent = run_dir / FOLDER
-    for child in parent.iterdir() if parent.is_dir() else ():
-        if child.name.startswith(".") and child.is_dir():
-            shutil.rmtree(child, ignore_errors=True)
+    left = [child for child in (parent.iterdir() if parent.is_dir() else ()) if child.name.startswith(".")]
+    for child in (*left, *run_dir.glob(f".{FOLDER}.*")):
+        shutil.rmtree(child, ignore_errors=True)
 
 
 def surplus(losses: Mapping[int, float | None], keep_last: int, keep_best: int, keep_every: int | None) -> list[int]:

@@ -31,8 +31,9 @@ def choose(run_dir: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
     The ranks share the reading. What does not verify is set aside, and said. Failed when nothing is left: a run that
     has trained never begins again silently.
     """
-    started = ranks.from_first((run_dir / checkpoint.FOLDER).is_dir())
-    if not started:
+    if ranks.rank == 0:
+        checkpoint.remove_drafts(run_dir)
+    if not ranks.from_first((run_dir / checkpoint.FOLDER).is_dir()):
         return None
     steps = ranks.from_first(checkpoint.steps(run_dir))
     for step in steps:
@@ -341,39 +342,50 @@ class Keeper(TrainerCallback):
     def _commit(self, draft: Path, manifest: dict[str, Any]) -> str:
         """Rank 0: the files become a checkpoint, unless somebody else has the run. The problem, if there is one."""
         checkpoint.sync(draft)
-        whole = {**self.facts, "token": self.token, "time": time.time(), **manifest}
         try:
             with lease.guarded(self.run_dir, self.token):
-                checkpoint.commit(draft, checkpoint.folder(self.run_dir, manifest["step"]), whole)
+                checkpoint.commit(draft, checkpoint.folder(self.run_dir, manifest["step"]), self._whole(manifest))
         except OSError as failure:
             return str(failure)
         return ""
 
     def _commit_initial(self) -> None:
-        """Step 0: the mark that training has begun. Base and seed make its state again, so it holds no tensors."""
-        parent = self.run_dir / checkpoint.FOLDER
-        draft = checkpoint.drafts(self.run_dir, 0, self.token)
+        """Step 0: the mark that training has begun. Base and seed make its state again, so it holds no tensors.
+
+        The folder of checkpoints appears with it in one rename: there is no moment with a folder and no checkpoint.
+        """
         problem = ""
         if self.main:
-            parent.mkdir(mode=0o700, exist_ok=True)
-            draft.mkdir(mode=0o700)
-            (draft / STATE_FILE).write_text(self._trainer_state(), encoding="utf-8")
-            manifest = {
-                "step": 0,
-                "world_size": self.ranks.world,
-                "tokens": 0,
-                "initial": True,
-                "last_logged": 0,
-                "evaluation_pending": False,
-                "eval_loss": None,
-                "best_loss": None,
-                "files": {STATE_FILE: checkpoint.fingerprint(draft / STATE_FILE)},
-            }
-            problem = self._commit(draft, manifest)
+            parent = self.run_dir / f".{checkpoint.FOLDER}.{self.token}"
+            shutil.rmtree(parent, ignore_errors=True)
+            draft = parent / ".draft"
+            try:
+                draft.mkdir(mode=0o700, parents=True)
+                (draft / STATE_FILE).write_text(self._trainer_state(), encoding="utf-8")
+                manifest = {
+                    "step": 0,
+                    "world_size": self.ranks.world,
+                    "tokens": 0,
+                    "initial": True,
+                    "last_logged": 0,
+                    "evaluation_pending": False,
+                    "eval_loss": None,
+                    "best_loss": None,
+                    "files": {STATE_FILE: checkpoint.fingerprint(draft / STATE_FILE)},
+                }
+                checkpoint.commit(draft, parent / checkpoint.folder(parent, 0).name, self._whole(manifest))
+                with lease.guarded(self.run_dir, self.token):
+                    parent.rename(self.run_dir / checkpoint.FOLDER)
+                checkpoint.sync(self.run_dir)
+            except OSError as failure:
+                problem = str(failure)
         problem = self.ranks.from_first(problem)
         if problem:
             raise Failed(f"cannot save in {self.run_dir}: {problem}")
         self.committed = 0
+
+    def _whole(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        return {**self.facts, "token": self.token, "time": time.time(), **manifest}
 
     def _rotate(self) -> None:
         losses = {}

@@ -1,6 +1,9 @@
 """A process that forks starts of the worker, runs made with it, and how two runs are compared bit by bit."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,7 @@ class Forks:
 
     def __init__(self, environment, errors):
         self.errors = errors
+        self.pending = []
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("forks.py")],
             env=environment | {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
@@ -55,11 +59,22 @@ class Forks:
 
     def begin(self, run_dir, world=2):
         """Start the ranks; their pids."""
-        return self._ask(start=str(run_dir), world=world)
+        self.pending = self._ask(start=str(run_dir), world=world)
+        return self.pending
 
     def end(self):
         """The statuses of the ranks that were begun last."""
-        return self._answer()["statuses"]
+        statuses = self._answer()["statuses"]
+        self.pending = []
+        return statuses
+
+    def clear(self):
+        """End what a failed test has left running."""
+        for pid in self.pending:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.pending:
+            self.end()
 
     def start(self, run_dir, world=2):
         self.begin(run_dir, world)
@@ -72,6 +87,12 @@ def forks(environment, tmp_path_factory):
     yield forks
     forks.process.stdin.close()
     forks.process.wait(timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def cleared(forks):
+    yield
+    forks.clear()
 
 
 @pytest.fixture(scope="session")
