@@ -19,6 +19,8 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   scan  [overrides]          signal-to-noise ratio of every weight matrix (Spectrum)
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
   ls    [GROUP]              config groups, or the choices in one
+  doctor                     what this machine can do; --fault-drill [--kills N] [overrides]: a run killed N times
+                             ends as an untouched one
   completion bash            eval "$(ftdist completion bash)" completes verbs, groups, choices and keys
 
 Overrides are Hydra's: model.path=DIR data.path=FILE strategy=lora engine=zero3 train.learning_rate=1e-4
@@ -179,6 +181,26 @@ def evaluate(argv: list[str]) -> int:
     return OK
 
 
+def doctor(argv: list[str]) -> int:
+    """What this machine can do; or the fault drill."""
+    from ftdist import doctor
+
+    argv, kills = _option(argv, "--kills")
+    argv, seed = _option(argv, "--seed")
+    if "--fault-drill" in argv:
+        for name, value in (("--kills", kills), ("--seed", seed)):
+            if value is not None and not value.isdigit():
+                raise UserError(f"{name}={value}: should be a whole number")
+        words = [word for word in argv if word != "--fault-drill"]
+        doctor.fault_drill(words, int(kills or 5), int(seed or 0))
+        return OK
+    if argv or kills or seed:
+        raise UserError(f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--fault-drill [--kills N]]")
+    for subject, found in doctor.findings():
+        print(f"{subject:<14}{found}")
+    return OK
+
+
 def ls(argv: list[str]) -> int:
     """Groups, or the choices of one, a line each."""
     from ftdist import compose
@@ -234,6 +256,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "resume": resume,
     "scan": scan,
     "eval": evaluate,
+    "doctor": doctor,
     "ls": ls,
     "completion": completion,
 }

@@ -179,11 +179,28 @@ def test_stopped_during_training(training, model, chat, number):
     else:
         process.send_signal(number)
     _, stderr = process.communicate(timeout=100)
-    assert process.returncode == 130
-    assert stderr.strip().splitlines() == [f"ftdist: stopped; unfinished run in {run_dir}"]
+    assert process.returncode == (130 if number == signal.SIGINT else 75)
+    (line,) = stderr.strip().splitlines()
+    assert line.startswith("ftdist: stopped (") and line.endswith(f"go on with: ftdist resume {run_dir}")
     assert gone(processes)
     assert not (run_dir / "final").exists()
+    assert list((run_dir / "checkpoints").glob("step-*/manifest.json"))
     assert contents(model) | contents(chat.parent) == before
+
+
+def test_a_second_ctrl_c_does_not_wait(training):
+    process, processes, run_dir = training
+    ranks = [p for p in processes if "ftdist.worker" in p.cmdline()]
+    for rank in ranks:
+        rank.suspend()  # ranks that will never save
+    os.killpg(process.pid, signal.SIGINT)
+    until(lambda: (run_dir / "stop.json").exists(), process)
+    time.sleep(1.1)  # what comes within a second is the same Ctrl-C, passed on
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1] == f"ftdist: stopped; unfinished run in {run_dir}"
+    assert gone(processes)
 
 
 def test_killed_during_training(training):

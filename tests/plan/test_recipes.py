@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ftdist import job
 from ftdist.compose import choices, compose
-from ftdist.plan.batch import batch_arithmetic
 from ftdist.plan.shapes import model_shapes
-from ftdist.plan.trainable import trainable_parameters
 
 TOTALS = {
     "llama31_8b": 8_030_261_248,
@@ -60,6 +59,13 @@ def test_models_have_the_keys_of_the_default():
         ]
 
 
+def planned(name):
+    """What `ftdist plan experiment=NAME` counts, on a machine with one device."""
+    (config,) = compose("plan", [f"experiment={name}"])
+    job.decide(config)
+    return job.plan(config, examples=10_000)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name):
     (config,) = compose("plan", [f"experiment={name}"])
@@ -73,13 +79,8 @@ def test_recipe(name):
     assert train["gradient_checkpointing"] is True and train["packing"] is True
     if strategy == "qlora":
         assert 2 <= train["per_device_train_batch_size"] <= 8
-        shapes = model_shapes(config["model"]["path"], config["model"]["architecture"])
-        adapters = {
-            "peft_type": "LORA",
-            **{k: config["strategy"][k] for k in ("r", "target_modules", "use_dora")},
-        }
-        trained = sum(trainable_parameters(shapes, peft=adapters, trainable=None).values())
-        assert 0.001 < trained / shapes.total < 0.02
+        made = planned(name)
+        assert 0.001 < made["trainable_parameters"] / made["total_parameters"] < 0.02
     if strategy == "spectrum":
         assert config["strategy"]["top_percent"] == 25
 
@@ -102,23 +103,6 @@ def test_the_learning_path_tells_the_truth():
     table = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+|by the scan) \| ([\d,]+) \|$", text, re.M)
     assert {row[0] for row in table} == set(RECIPES)
     for name, *cells in table:
-        (config,) = compose("plan", [f"experiment={name}"])
-        train, strategy, cluster = config["train"], config["strategy"], config["cluster"]
-        shapes = model_shapes(config["model"]["path"], config["model"]["architecture"])
-        peft = None
-        if "r" in strategy:
-            peft = {"peft_type": "LORA", **{k: strategy[k] for k in ("r", "target_modules", "use_dora")}}
-        trained = sum(trainable_parameters(shapes, peft=peft, trainable=None).values())
-        batch = batch_arithmetic(
-            per_device_train_batch_size=train["per_device_train_batch_size"],
-            gradient_accumulation_steps=train["gradient_accumulation_steps"],
-            processes=1 if cluster["processes"] == "auto" else cluster["processes"],
-            nodes=cluster["nodes"],
-            max_length=train["max_length"],
-            packing=train["packing"],
-            rows=None,
-            num_train_epochs=train["num_train_epochs"],
-            max_steps=train["max_steps"],
-        )
-        known = "by the scan" if strategy["name"] == "spectrum" else f"{trained:,}"
-        assert cells == [f"{shapes.total:,}", known, f"{batch.tokens_per_step:,}"], name
+        made = planned(name)
+        known = "by the scan" if made["strategy"] == "spectrum" else f"{made['trainable_parameters']:,}"
+        assert cells == [f"{made['total_parameters']:,}", known, f"{made['tokens_per_step']:,}"], name
