@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install quickstart test test-slow check bench clean
+.PHONY: install quickstart test test-slow drill check clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,9 @@ test: $(VENV)/.installed-test ## the suite
 
 test-slow: $(VENV)/.installed-test ## what does not fit the suite's time
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+drill: $(VENV)/.installed-test ## kill and damage runs some 400 times, over strategies and engines; about an hour
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m slow tests/durable/test_long_drill.py
 
 check: $(VENV)/.installed-test ## lint, types, shell
 	$(BIN)/ruff check .

@@ -155,3 +155,21 @@ def same(run_dir, other):
     """The same losses, rates, norms and token counts in every step, and the same bits in the end."""
     assert metrics(run_dir) == metrics(other)
     assert weights(run_dir) == weights(other) and weights(other)
+
+
+def pytest_terminal_summary(terminalreporter):
+    table = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "fault":
+                fault, engine, count = json.loads(value)
+                row = table.setdefault(fault, {})
+                row[engine] = row.get(engine, 0) + count
+    if table:
+        engines = sorted({engine for row in table.values() for engine in row})
+        terminalreporter.section("faults, all with the promised outcome")
+        terminalreporter.write_line(" | ".join(["| fault", *engines, "all |"]))
+        terminalreporter.write_line("|---" * (len(engines) + 2) + "|")
+        for fault, row in table.items():
+            cells = [str(row.get(engine, 0)) for engine in engines]
+            terminalreporter.write_line(" | ".join([f"| {fault}", *cells, f"{sum(row.values())} |"]))

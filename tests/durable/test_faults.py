@@ -1,95 +1,22 @@
 """What can happen to a run, done to it. Polling waits for what is to happen; nothing waits for time to pass."""
 
 import json
-import os
-import random
 import shutil
 import signal
-import time
 
 import pytest
 from conftest import events, last_words, metrics, same
+from drills import DAMAGES, LONG, committed, drill, kill, steps_done, unmake, until
 
-LONG = ("train.max_steps=30", "checkpoint.every_steps=3", "train.num_train_epochs=9")  # past the first epoch's end
 DRILLED = [("full", "zero2"), ("lora", "ddp"), ("spectrum", "zero3")]
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
-
-
-def steps_done(run_dir):
-    file = run_dir / "metrics.jsonl"
-    return file.read_bytes().count(b'"loss"') if file.exists() else 0
-
-
-def saving(run_dir):
-    return any((run_dir / "checkpoints").glob(".*.draft"))
-
-
-def kill(pids, number=signal.SIGKILL):
-    for pid in pids:
-        os.kill(pid, number)
 
 
 @pytest.mark.parametrize(("strategy", "engine"), DRILLED)
 def test_killed_at_random_moments(forks, words, untouched, tmp_path, strategy, engine):
     """SIGKILL to every rank, every third time inside a save: no run lost, no work lost that was committed."""
-    expected = untouched(strategy, engine, *LONG)
     run_dir = forks.freeze(tmp_path / "run", *words(strategy, engine, *LONG))
-    chance, statuses = random.Random(f"{strategy}{engine}"), []
-    for attempt in range(4):
-        pids = forks.begin(run_dir)
-        target = chance.randint(1, 29)
-        done = (lambda: saving(run_dir)) if attempt % 3 == 0 else (lambda target=target: steps_done(run_dir) >= target)
-        until(lambda done=done: done() or (run_dir / "outcome.json").exists() or (run_dir / "final").exists())
-        before = committed(run_dir)
-        kill(pids)
-        statuses.append(forks.end())
-        assert committed(run_dir) >= before
-        (run_dir / "outcome.json").unlink(missing_ok=True)
-        shutil.rmtree(run_dir / "final", ignore_errors=True)  # killed after its end: the end is made again
-    assert forks.start(run_dir) == [0, 0], last_words(run_dir)
-    same(run_dir, expected)
-    assert [-9, -9] in statuses
-    assert not saving(run_dir) or events(run_dir, "resume")
-
-
-def committed(run_dir):
-    found = [
-        int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*") if (path / "manifest.json").exists()
-    ]
-    return max(found, default=-1)
-
-
-def truncate(checkpoint):
-    file = checkpoint / "rank-00001.safetensors"
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def flip(checkpoint, name="rank-00000.safetensors"):
-    with (checkpoint / name).open("r+b") as file:
-        file.seek(-3, os.SEEK_END)
-        byte = file.read(1)
-        file.seek(-3, os.SEEK_END)
-        file.write(bytes([byte[0] ^ 4]))
-
-
-def flip_manifest(checkpoint):
-    file = checkpoint / "manifest.json"
-    text = file.read_text()
-    file.write_text(text.replace('"tokens": ', '"tokens": 1', 1))
-
-
-def lose(checkpoint):
-    (checkpoint / "rank-00001.json").unlink()
-
-
-def unmake(checkpoint):
-    (checkpoint / "manifest.json").unlink()
+    counts = drill(forks, run_dir, untouched(strategy, engine, *LONG), kills=4, seed=f"{strategy}{engine}")
+    assert counts["inside a save"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +30,7 @@ def stopped(forks, words, tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, flip_manifest, lose, unmake])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside(forks, untouched, stopped, tmp_path, damage):
     run_dir = shutil.copytree(stopped, tmp_path / "run")
     damage(run_dir / "checkpoints" / "step-00000005")

@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional
 from transformers import (
     CohereConfig,
@@ -18,12 +21,17 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from ftdist import loss, models
+from ftdist import lease, loss, models, stops
 from ftdist.errors import UserError
+from ftdist.health import Health
+from ftdist.keeper import Keeper
+from ftdist.ranks import Ranks
+from ftdist.schema import keys_of
 from ftdist.strategies import Base, qlora
 from ftdist.trainer import TokenTrainer, collate
 
 VOCABULARY, HIDDEN = 37, 24
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def problem(tokens, bias, dtype=torch.float32, seed=0):
@@ -109,6 +117,9 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
 
+DEFAULTS = {group: yaml.safe_load((CONF / group / "default.yaml").read_text()) for group in ("checkpoint", "health")}
+
+
 def rows(lengths, seed=0):
     """Unpacked rows; of each the first third is not trained on."""
     generator = torch.Generator().manual_seed(seed)
@@ -137,6 +148,8 @@ def trainer(model, directory, data, *, packing=False, loss_type="nll", **argumen
         "per_device_train_batch_size": 1,
         **arguments,
     }
+    directory = Path(tempfile.mkdtemp(dir=directory))  # a trainer of its own has a run of its own
+    token = lease.take(directory).token
     return TokenTrainer(
         model=model,
         args=TrainingArguments(**settings),
@@ -146,6 +159,8 @@ def trainer(model, directory, data, *, packing=False, loss_type="nll", **argumen
         train_dataset=data,
         eval_dataset=data,
         data_collator=lambda batch: collate(batch, 0),
+        keeper=Keeper(directory, Ranks(), token, {}, stops.Limit(None), lambda step: None, **DEFAULTS["checkpoint"]),
+        health=Health(directory, True, **{key: DEFAULTS["health"][key] for key in keys_of(Health.__init__)}),
     )
 
 

@@ -1,0 +1,136 @@
+"""The long drill (`make drill`): every fault many times, over strategies and engines; ends with a table."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+
+import pytest
+from conftest import events, last_words, same
+from drills import DAMAGES, LONG, committed, drill, kill, steps_done, until
+
+pytestmark = pytest.mark.slow
+CELLS = [(s, e) for s in ("full", "lora", "qlora", "spectrum") for e in ("ddp", "zero2", "zero3")]
+KILLS, SIGNALS, DAMAGED = 17, 2, 2  # in each of the 12 cells: 204 kills, 24 of each signal, 24 of each damage
+
+
+@pytest.fixture
+def counted(record_property):
+    """`counted(fault, engine, count)`: a line of the table, once the outcome is as promised."""
+
+    def counted(fault, engine, count):
+        record_property("fault", json.dumps([fault, engine, count]))
+
+    return counted
+
+
+@pytest.fixture
+def prepared(forks, words, untouched, tmp_path):
+    """`prepared(strategy, engine)`: a frozen run, and the one that nothing happened to."""
+
+    def prepared(strategy, engine, *more):
+        run_dir = forks.freeze(tmp_path / "run", *words(strategy, engine, *LONG, *more))
+        return run_dir, untouched(strategy, engine, *LONG)
+
+    return prepared
+
+
+@pytest.mark.parametrize(("strategy", "engine"), CELLS)
+def test_kills(forks, prepared, counted, strategy, engine):
+    frozen, expected = prepared(strategy, engine)
+    for where, count in drill(forks, frozen, expected, KILLS, seed=f"long {strategy} {engine}").items():
+        counted(f"SIGKILL of all ranks, {where}", engine, count)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("strategy", "engine"), CELLS)
+def test_signals(forks, prepared, counted, strategy, engine, number):
+    run_dir, expected = prepared(strategy, engine)
+    chance = random.Random(f"{strategy} {engine} {number}")
+    stops = 0
+    while stops < SIGNALS:
+        (run_dir / ".training").unlink(missing_ok=True)
+        pids = forks.begin(run_dir)
+        target = committed(run_dir) + chance.randint(1, 10)
+        ready = lambda target=target: (run_dir / ".training").exists() and steps_done(run_dir) >= target  # noqa: E731
+        until(lambda ready=ready: ready() or (run_dir / "outcome.json").exists())
+        kill(chance.sample(pids, chance.randint(1, 2)), number)
+        assert forks.end() == [75, 75], last_words(run_dir)
+        (run_dir / "outcome.json").unlink()
+        stops += 1
+    assert forks.start(run_dir) == [0, 0], last_words(run_dir)
+    same(run_dir, expected)
+    counted(f"{signal.Signals(number).name} to some ranks", engine, stops)
+
+
+@pytest.mark.parametrize(("strategy", "engine"), CELLS)
+def test_damage(forks, prepared, counted, strategy, engine, tmp_path):
+    run_dir, expected = prepared(strategy, engine, 'train_until="step 17"')
+    assert forks.start(run_dir) == [75, 75], last_words(run_dir)
+    assert forks.change(run_dir, "train_until=null") == 0
+    for name, damage in DAMAGES.items():
+        for attempt in range(DAMAGED):
+            broken = shutil.copytree(run_dir, tmp_path / f"{name} {attempt}")
+            damage(broken / "checkpoints" / "step-00000017")
+            assert forks.start(broken) == [0, 0], last_words(broken)
+            assert [event["step"] for event in events(broken, "set-aside")] == [17]
+            same(broken, expected)
+            shutil.rmtree(broken)
+        counted(f"newest checkpoint: {name}", engine, DAMAGED)
+
+
+@pytest.mark.parametrize(("strategy", "engine"), CELLS)
+def test_full_disk(forks, words, untouched, counted, tmp_path, request, strategy, engine):
+    """The disk is full from a moment on, and has room again later: the run goes on without saves, then with them."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system to fill: {mounted.stderr.strip()}")
+    request.addfinalizer(lambda: subprocess.run(["umount", "-l", disk], check=True))
+    run_dir = forks.freeze(disk / "run", *words(strategy, engine, *LONG, "checkpoint.max_failed_saves=99"))
+    for _ in range(DAMAGED):
+        (run_dir / ".training").unlink(missing_ok=True)
+        pids = forks.begin(run_dir)
+        until(lambda: (run_dir / ".training").exists() and steps_done(run_dir) >= 1)
+        ballast = disk / "ballast"
+        with ballast.open("wb") as file:
+            free = shutil.disk_usage(disk).free
+            os.posix_fallocate(file.fileno(), 0, max(1, free - (200 << 10)))
+        failures = len(events(run_dir, "save-failed"))
+        until(lambda n=failures: len(events(run_dir, "save-failed")) > n or (run_dir / "outcome.json").exists())
+        ballast.unlink()
+        kill(pids)
+        forks.end()
+        (run_dir / "outcome.json").unlink(missing_ok=True)
+        shutil.rmtree(run_dir / "final", ignore_errors=True)
+    assert forks.start(run_dir) == [0, 0], last_words(run_dir)
+    same(run_dir, untouched(strategy, engine, *LONG))
+    counted("full disk during saves, then SIGKILL", engine, DAMAGED)
+
+
+@pytest.mark.parametrize(("strategy", "engine"), CELLS)
+def test_two_starts_at_once(forks, prepared, counted, strategy, engine):
+    """Two `ftdist resume` in the same instant: one has the run, the other is refused and changes nothing."""
+    run_dir, expected = prepared(strategy, engine)
+    for _ in range(DAMAGED):
+        pids = forks.begin(run_dir)
+        until(
+            lambda: (
+                (run_dir / "lease.json").exists() and json.loads((run_dir / "lease.json").read_text())["pid"] in pids
+            )
+        )
+        kill(pids, signal.SIGSTOP)
+        from ftdist import lease
+        from ftdist.errors import UserError
+
+        with pytest.raises(UserError, match="in use by process"):
+            lease.take(run_dir)
+        kill(pids, signal.SIGCONT)
+        kill(pids)
+        forks.end()
+    assert forks.start(run_dir) == [0, 0], last_words(run_dir)
+    same(run_dir, expected)
+    counted("a second start while one is alive", engine, DAMAGED)
