@@ -11,7 +11,7 @@ from conftest import last_words, same
 LONG = ("train.max_steps=30", "checkpoint.every_steps=3", "train.num_train_epochs=9")  # past the first epoch's end
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -49,12 +49,7 @@ def drill(forks, frozen, expected, kills, seed, world=2):
         pids = forks.begin(run_dir, world)
         where = list(counts)[sum(counts.values()) % 3]
         target, moment = committed(run_dir) + chance.randint(1, 5), time.monotonic() + chance.uniform(0, 4)
-        reached = {
-            "inside a save": lambda: saving(run_dir),
-            "inside a step": lambda: (run_dir / ".training").exists() and steps_done(run_dir) >= target,
-            "at any time": lambda: time.monotonic() >= moment,
-        }[where]
-        until(lambda: reached() or (run_dir / "outcome.json").exists())
+        until(lambda r=run_dir, w=where, t=target, m=moment: (r / "outcome.json").exists() or reached(r, w, t, m))
         before, ended = committed(run_dir), (run_dir / "outcome.json").exists()
         if ended:
             assert forks.end() == [0] * world, last_words(run_dir)
@@ -71,6 +66,15 @@ def drill(forks, frozen, expected, kills, seed, world=2):
         assert forks.start(run_dir, world) == [0] * world, last_words(run_dir)
         same(run_dir, expected)
     return counts
+
+
+def reached(run_dir, where, target, moment):
+    """Whether the moment of a kill has come."""
+    if where == "inside a save":
+        return saving(run_dir)
+    if where == "inside a step":
+        return (run_dir / ".training").exists() and steps_done(run_dir) >= target
+    return time.monotonic() >= moment
 
 
 def committed(run_dir):
