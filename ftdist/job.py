@@ -226,6 +226,8 @@ def launch(run_dir: Path, token: int) -> None:
     )
     world = f"{count} process" + ("es" if count > 1 else "")
     print(f"starting {world} ({config['engine']['name']}) in {run_dir}", flush=True)
+    if config["engine"]["name"] == "zero3_nvme":
+        print("engine=zero3_nvme: no checkpoints; a run that is stopped begins again", flush=True)
     keys, restarts = config["health"], 0
     while True:
         before = _progress(run_dir)

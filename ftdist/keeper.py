@@ -251,7 +251,9 @@ class Keeper(TrainerCallback):
         self._finish()
         trainer, step = self.trainer, self.trainer.state.global_step
         began = time.monotonic()
-        if self.committed != step:
+        if getattr(trainer.optimizer.optimizer, "swap_optimizer", False):
+            self._failed(step, "engine=zero3_nvme has its states on its own disk")
+        elif self.committed != step:
             state = State(trainer.model, trainer.optimizer, self.ranks.rank, self.ranks.world)
             tensors, index = state.snapshot()
             random_tensors, random_plain = random_state()

@@ -106,6 +106,8 @@ class TokenTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             generator=torch.Generator().manual_seed(args.seed),  # of its own: dropout's random numbers stay the same
         )
 

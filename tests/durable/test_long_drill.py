@@ -11,6 +11,9 @@ import pytest
 from conftest import events, last_words, same
 from drills import DAMAGES, LONG, committed, drill, kill, steps_done, until
 
+from ftdist import lease
+from ftdist.errors import UserError
+
 pytestmark = pytest.mark.slow
 CELLS = [(s, e) for s in ("full", "lora", "qlora", "spectrum") for e in ("ddp", "zero2", "zero3")]
 KILLS, SIGNALS, DAMAGED = 17, 2, 2  # in each of the 12 cells: 204 kills, 24 of each signal, 24 of each damage
@@ -113,19 +116,12 @@ def test_full_disk(forks, words, untouched, counted, tmp_path, request, strategy
 
 @pytest.mark.parametrize(("strategy", "engine"), CELLS)
 def test_two_starts_at_once(forks, prepared, counted, strategy, engine):
-    """Two `ftdist resume` in the same instant: one has the run, the other is refused and changes nothing."""
+    """Whoever comes second is refused and changes nothing, even when the first stands still."""
     run_dir, expected = prepared(strategy, engine)
     for _ in range(DAMAGED):
         pids = forks.begin(run_dir)
-        until(
-            lambda: (
-                (run_dir / "lease.json").exists() and json.loads((run_dir / "lease.json").read_text())["pid"] in pids
-            )
-        )
+        until(lambda pids=pids: lease.read(run_dir).pid in pids)
         kill(pids, signal.SIGSTOP)
-        from ftdist import lease
-        from ftdist.errors import UserError
-
         with pytest.raises(UserError, match="in use by process"):
             lease.take(run_dir)
         kill(pids, signal.SIGCONT)
