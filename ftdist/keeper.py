@@ -154,6 +154,8 @@ class Keeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        if self._swaps():
+            self.every_steps = self.every_minutes = None
         if self.resumed is None or self.resumed[1]["initial"]:
             if self.resumed is None:
                 self._commit_initial()
@@ -251,7 +253,7 @@ class Keeper(TrainerCallback):
         self._finish()
         trainer, step = self.trainer, self.trainer.state.global_step
         began = time.monotonic()
-        if getattr(trainer.optimizer.optimizer, "swap_optimizer", False):
+        if self._swaps():
             self._failed(step, "engine=zero3_nvme has its states on its own disk")
         elif self.committed != step:
             state = State(trainer.model, trainer.optimizer, self.ranks.rank, self.ranks.world)
@@ -414,6 +416,10 @@ class Keeper(TrainerCallback):
         trainer = self.trainer
         callbacks: dict[str, Any] = {type(c).__name__: c.state() for c in self._stateful()}
         return json.dumps({**asdict(trainer.state), "log_history": [], "stateful_callbacks": callbacks})
+
+    def _swaps(self) -> bool:
+        """Whether the optimizer's state lies on a disk of the engine's own."""
+        return bool(getattr(self.trainer.optimizer.optimizer, "swap_optimizer", False))
 
     def _stateful(self) -> list[Any]:
         return [c for c in self.trainer.callback_handler.callbacks if isinstance(c, ExportableState)]
