@@ -260,7 +260,7 @@ def ready(config: dict[str, Any]) -> None:
     decide(config)
     launcher.processes(**config["cluster"], here=True)
     kind = launcher.devices()[1]
-    if forecast.target(config, 1).gpu != (kind == "GPU"):
+    if config["hardware"]["name"] != "auto" and forecast.target(config, 1).gpu != (kind == "GPU"):
         raise UserError(
             f"hardware={config['hardware']['name']}: this machine has {kind}s; leave it out (ftdist plan takes it)"
         )

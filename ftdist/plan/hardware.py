@@ -78,10 +78,11 @@ def hardware(
             name = "cpu"
         else:
             name = next((k for k, v in table.items() if v.get("match") and re.search(v["match"], found[0])), found[0])
-            given["memory"] = given["memory"] or found[1]
-            given["capability"] = given["capability"] or found[2]
+            given["memory"] = given["memory"] or found[1] or None
+            given["capability"] = given["capability"] or found[2] or None
         own = table.get(name) or table["l4"]  # a card that is not in the table: the slowest of those that are
-        given = {key: value if value is not None else own.get(key) for key, value in given.items()}
+        asked = ("memory", "capability")  # what the machine says of itself is not taken from a table
+        given = {k: own.get(k) if v is None and k not in asked else v for k, v in given.items()}
     elif match is None and name != "cpu":
         raise UserError(f"hardware.name={name}: no such hardware; {nearest(name, list(_table()))}")
     gpu = name != "cpu"
