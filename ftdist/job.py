@@ -259,6 +259,7 @@ def ready(config: dict[str, Any]) -> None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     decide(config)
     launcher.processes(**config["cluster"], here=True)
+    shapes_of(config["model"], need_weights=True)
     kind = launcher.devices()[1]
     if config["hardware"]["name"] != "auto" and forecast.target(config, 1).gpu != (kind == "GPU"):
         raise UserError(
@@ -317,6 +318,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     rundir.write_json(run_dir / ASKED, config)
     model = config["model"]
     model["path"] = models.local_path(model["path"], model["revision"])
+    shapes_of(model, need_weights=True)
     prepared = prepared_data(config)
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
@@ -407,15 +409,15 @@ def prepared_data(config: dict[str, Any]) -> Path:
     )
 
 
-def shapes_of(model: dict[str, Any]) -> Shapes:
-    """The shapes of the model that `model:` names; the demo model is made on the way."""
+def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:
+    """The shapes of the model that `model:` names, from config.json; the demo model is made on the way."""
     path = models.local_path("demo", None) if model["path"] == "demo" else model["path"]
     return model_shapes(
         path,
         model["architecture"],
         revision=model["revision"],
         trust_remote_code=model["trust_remote_code"],
-        need_weights=True,
+        need_weights=need_weights,
     )
 
 

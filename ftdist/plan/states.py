@@ -211,7 +211,7 @@ def _zero12(
     made.buckets = bucket * width * buckets
     made.load = every * width  # the flat buffer is made beside the parameters
     # While a group is updated its gradient is flattened, and in half precision cast.
-    made.step = largest * (width + (4 if width < 4 else 0))
+    made.step = largest * (width + (4 if width < 4 else 0) + (4 if optim == "adamw_torch" else 0))
     if stage == 1:  # every rank keeps all gradients until they have been reduced
         made.buckets += max(every * width - made.gradients, 0)
     if offload:
@@ -284,7 +284,7 @@ def _zero3(
     made.optimizer = states
     made.gradients = made.standing_gradients = width * share
     largest = max(parts, default=0)
-    made.step = largest * (width + (4 if width < 4 else 0))
+    made.step = largest * (width + (4 if width < 4 else 0) + (4 if optim == "adamw_torch" else 0))
 
 
 def checkpoint_bytes(
