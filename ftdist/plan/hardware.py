@@ -18,7 +18,7 @@ from ftdist.schema import nearest
 
 CONTEXT = 550_000_000  # of a CUDA context with torch's kernels, and of cuBLAS' workspace; a band of a third
 NCCL = 350_000_000  # NCCL's buffers, once a rank talks to others; likewise
-CPU_RUNTIME = 700_000_000  # resident set of a rank before it holds a tensor
+CPU_RUNTIME = 570_000_000  # resident set of a rank of the test matrix, whose tensors are a few megabytes
 Positive = Annotated[float, Field(gt=0)]
 
 

@@ -15,7 +15,6 @@ from ftdist.plan.states import WIDTH, Held, States, quantized_bytes, states
 
 Phase = dict[str, int]
 GPU_LIBRARIES = 2_200_000_000  # resident set of a rank with torch's CUDA libraries and DeepSpeed; a band, not a figure
-CPU_LIBRARIES = 700_000_000  # `at_start_bytes` of a run on two CPU processes, rounded up
 EXACT_BAND, LOOSE_BAND = 0.05, 0.30  # share of what is not a model state
 
 

@@ -9,6 +9,7 @@ classes would make is added up. The last hidden state stands for the loss. Worst
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -64,6 +65,7 @@ def main() -> None:
         known = name == "qwen25_14b"
         config = QWEN_14B if known else compose("plan", [f"model={name}"])[0]["model"]["architecture"]
         rows.append(row(name, dict(config), *shape, recompute))
+        print(rows[-1][1], file=sys.stderr, flush=True)
     print("| model | micro-batch | activations | kept, MB | traced | error | peak, MB | traced | error |")
     print("|---|---|---|---|---|---|---|---|---|")
     for _, line in sorted(rows, reverse=True):
