@@ -123,7 +123,7 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
             world=case.world,
             adapters=case.adapters,
             weight_bytes=WIDTH[case.trained if case.dtype == "float32" or not case.stage else case.dtype],
-            state_bytes=memory.states.optimizer + memory.states.host.get("optimizer", 0),
+            state_bytes=memory.states.saved,
         ),
         "disk_bytes": disk_bytes(case, memory.states, None if steps is None else steps * facts["tokens_per_step"]),
         "tokens_per_second": speed.tokens_per_second,

@@ -391,7 +391,10 @@ def _host(case: Case, made: States, device_peak: int) -> dict[str, Phase]:
             "save": {"ranks": ranks * device_peak, "copy": extra},
         }
     libraries = ranks * GPU_LIBRARIES
-    offloaded = {f"offloaded_{kind}": ranks * _pinned(size, case.nvme) for kind, size in made.host.items()}
+    offloaded = {
+        f"offloaded_{kind}": ranks * _offloaded(size, case.nvme, pinned=kind != "optimizer")
+        for kind, size in made.host.items()
+    }
     biggest = max((h.numel for h in case.held), default=0) * WIDTH[case.loaded]
     if made.quantization:
         loading = ranks * biggest  # tensor by tensor, straight to the device
@@ -399,12 +402,11 @@ def _host(case: Case, made: States, device_peak: int) -> dict[str, Phase]:
         loading = whole  # global rank 0 alone reads the files
     else:
         loading = ranks * whole
-    shard = made.optimizer + sum(made.host.values())
     return {
         "load": {"libraries": libraries, "files": loading} | (offloaded if case.stage == 3 else {}),
         "train": {"libraries": libraries, **offloaded},
         "save": {"libraries": libraries, **offloaded, "copy": _saved_copy(case)},
-        "resume": {"libraries": libraries, **offloaded, "shards": ranks * shard},
+        "resume": {"libraries": libraries, **offloaded, "shards": ranks * made.saved},
         "export": {"libraries": GPU_LIBRARIES, "model": 2 * whole if case.adapters else whole + 4 * trained},
     }
 
@@ -415,10 +417,12 @@ def _saved_copy(case: Case) -> int:
     return sum(h.numel for h in kept) * WIDTH[case.trained if case.dtype == "float32" or not case.stage else case.dtype]
 
 
-def _pinned(size: int, nvme: bool) -> int:
+def _offloaded(size: int, nvme: bool, pinned: bool) -> int:
     """torch's allocator of pinned memory rounds up to a power of two; on a disk only buffers stay in memory."""
     if nvme:
         return min(size, 8 << 30)
+    if not pinned:
+        return size
     return 1 << math.ceil(math.log2(size)) if size else 0
 
 
@@ -431,7 +435,7 @@ def _notes(case: Case, made: States) -> tuple[str, ...]:
     if not made.known:
         notes.append(f"train.optim={case.optim}: its states are not known here; counted as two float32 moments")
     if case.offload_optimizer and case.gpu:
-        notes.append("pinned host memory is rounded up to a power of two, buffer by buffer")
+        notes.append("pinned host memory (offloaded weights and gradients) is rounded up to a power of two")
     if case.optim.startswith("paged_"):
         notes.append("paged optimizer states are counted on the device; the driver may move them to the host")
     if case.nvme:

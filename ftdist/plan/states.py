@@ -49,6 +49,7 @@ class States:
     buckets: int = 0  # communication buffers while gradients are reduced
     standing_gradients: int = 0  # of `gradients`, what is held between steps too
     standing_buckets: int = 0
+    saved: int = 0  # of the optimizer, what this rank writes into a checkpoint
     step: int = 0  # more bytes while the optimizer works
     load: int = 0  # more bytes than `weights` while the model is loaded or the engine is made
     host: dict[str, int] = field(default_factory=dict)
@@ -170,6 +171,7 @@ def _plain(made: States, wanted: list[Held], width: int, world: int, optim: str)
         size, known = moments(h.numel, h.shape, width, optim)
         made.optimizer += size
         made.known &= known
+    made.saved = made.optimizer
     if optim == "adamw_torch":  # torch's foreach implementation: one more value of each parameter at once
         made.step = made.gradients
     if world > 1:
@@ -214,6 +216,7 @@ def _zero12(
     made.step = largest * (width + (4 if width < 4 else 0) + (4 if optim == "adamw_torch" else 0))
     if stage == 1:  # every rank keeps all gradients until they have been reduced
         made.buckets += max(every * width - made.gradients, 0)
+    made.saved = made.optimizer
     if offload:
         host["optimizer"] = made.optimizer + share * (4 + width)  # float32 gradients and a cast copy of the weights
         made.optimizer = made.step = 0
@@ -276,6 +279,7 @@ def _zero3(
         size, known = moments(part, (part,), 4, optim)
         made.known &= known
         states += size
+    made.saved = states
     made.buckets = made.standing_buckets = bucket * width
     if offload:
         made.host["optimizer"] = states + 4 * share  # and float32 gradients
@@ -300,8 +304,7 @@ def checkpoint_bytes(
     """Bytes of one checkpoint over all ranks: optimizer states with their master weights, and the weights.
 
     parameters, trained: elements of the whole model and trained ones; weight_bytes: of an element of the weights as
-    trained; state_bytes: `optimizer` of one rank as `states` has it (with what is offloaded). Adapter runs keep the
-    adapters alone, others every weight. Without ZeRO every rank has the same states, and one is written.
+    trained; state_bytes: `saved` of one rank as `states` has it. Adapter runs keep the adapters alone, others every weight. Without ZeRO every rank has the same states, and one is written.
     """
     kept = trained if adapters else parameters
     return kept * weight_bytes + state_bytes * (world if stage else 1)
