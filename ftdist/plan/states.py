@@ -304,7 +304,8 @@ def checkpoint_bytes(
     """Bytes of one checkpoint over all ranks: optimizer states with their master weights, and the weights.
 
     parameters, trained: elements of the whole model and trained ones; weight_bytes: of an element of the weights as
-    trained; state_bytes: `saved` of one rank as `states` has it. Adapter runs keep the adapters alone, others every weight. Without ZeRO every rank has the same states, and one is written.
+    trained; state_bytes: `saved` of one rank as `states` has it. Adapter runs keep the adapters alone, others every
+    weight. Without ZeRO every rank has the same states, and one is written.
     """
     kept = trained if adapters else parameters
     return kept * weight_bytes + state_bytes * (world if stage else 1)

@@ -48,9 +48,8 @@ def row(name: str, config: dict, batch: int, length: int, recompute: bool) -> tu
         embeddings_trained=True, input_gradients=False, final_norm_trained=True, trained_head=False, head_weight=2,
         tied=False, fused=True,
     )  # fmt: skip
-    hidden = 2 * batch * length * shape.hidden
     kept, peak = said.kept, said.backward
-    real_kept, real_peak = found.between - hidden, found.backward
+    real_kept, real_peak = found.between, found.backward
     errors = kept / real_kept - 1, peak / real_peak - 1
     kind = "recomputed" if recompute else "kept"
     numbers = (
