@@ -232,6 +232,11 @@ def _try(plan: Planner, config: dict[str, Any], changes: dict[str, Any]) -> Plan
         return None
 
 
+def _surely(plan: Plan) -> bool:
+    """It fits by more than the plan's error, or nothing is known to compare with."""
+    return plan["fits"] is None or bool(plan["fits"] and plan["certain"])
+
+
 def _micro(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Smaller micro-batches with accumulation that keeps the global batch."""
     train = config["train"]
@@ -268,7 +273,7 @@ def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> l
         if not changes or len(found) >= most:
             return False
         made = _try(plan, config, changes)
-        if made is None or made["fits"] is False or not made.get("certain", True):
+        if made is None or not _surely(made):
             return False
         found.append(
             {
@@ -399,7 +404,7 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], P
                         **extra,
                     }
                     made = _try(plan, config, changes)
-                    if made is None or made["fits"] is False or not made.get("certain", True):
+                    if made is None or not _surely(made):
                         continue
                     if best is None or made["tokens_per_second"] > best[0]:
                         best = made["tokens_per_second"], changes, made

@@ -118,7 +118,8 @@ def train(run_dir: Path) -> int:
             save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main)
     meter.write(run_dir)
     if main:
-        log({f"memory/{phase}": peak for phase, peak in meter.peaks.items()}, trainer.state.global_step)
+        peaks = {f"memory/{phase}": peak for phase, peak in meter.peaks.items()}
+        log({**peaks, "memory/predicted": plan["device_peak_bytes"]}, trainer.state.global_step)
         name = "finished" if keep.stopping is None else "stopped"
         rundir.record(run_dir, name, trainer.state.global_step, reason=keep.stopping)
         outcome = {"outcome": name, "reason": keep.stopping, "step": trainer.state.global_step}
