@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ftdist import schema
 from ftdist.errors import FAILED, INTERRUPTED, OK, USAGE, Failed, UserError
@@ -13,14 +15,15 @@ from ftdist.errors import FAILED, INTERRUPTED, OK, USAGE, Failed, UserError
 HELP = """ftdist VERB …   distributed fine-tuning of language models that can be trusted
 
   train [overrides]          plan, prepare, launch, train, evaluate; prints `run: DIR` last (-m: a sweep)
-  plan  [overrides] [--json] what would run, with the arithmetic; needs no GPU
+  plan  [overrides] [--json] what would run: memory, time, disk, cost; needs no GPU (--fit: the fastest that fits,
+                             --sizes 8,16,64: how it scales, hardware=h100: for other machines)
   data  [overrides] [--show N]  prepare the data alone; show N rows token by token with their mask
   resume RUN [overrides]     go on from the newest valid checkpoint, on more or fewer processes if wanted
   scan  [overrides]          signal-to-noise ratio of every weight matrix (Spectrum)
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
   ls    [GROUP]              config groups, or the choices in one
-  doctor                     what this machine can do; --fault-drill [--kills N] [overrides]: a run killed N times
-                             ends as an untouched one
+  doctor                     what this machine can do; --calibrate: measured, for plans; --fault-drill [--kills N]
+                             [overrides]: a run killed N times ends as an untouched one
   completion bash            eval "$(ftdist completion bash)" completes verbs, groups, choices and keys
 
 Overrides are Hydra's: model.path=DIR data.path=FILE strategy=lora engine=zero3 train.learning_rate=1e-4
@@ -104,13 +107,28 @@ def resume(argv: list[str]) -> int:
 def plan(argv: list[str]) -> int:
     """Steps 1 and 2 of a run; leaves nothing."""
     from ftdist import compose, job
-    from ftdist.plan.text import render
+    from ftdist.plan.text import render, scaling
 
-    as_json = "--json" in argv
-    for config in compose.compose("plan", [word for word in argv if word != "--json"]):
+    as_json, fit = "--json" in argv, "--fit" in argv
+    argv, sizes = _option([word for word in argv if word not in ("--json", "--fit")], "--sizes")
+    devices = [int(part) for part in (sizes or "").split(",") if re.fullmatch(r"[1-9]\d{0,6}", part)]
+    if sizes is not None and len(devices) != len(sizes.split(",")):
+        raise UserError(f"--sizes={sizes}: numbers of devices, with commas between them: --sizes 8,16,64")
+    for config in compose.compose("plan", argv):
         job.decide(config)
-        made = job.plan(config)
-        print(json.dumps(made, indent=2) if as_json else render(made))
+        made: dict[str, Any] = dict(job.plan(config))
+        if fit:
+            made = job.fitted(config)
+        if devices:
+            made["sizes"] = job.scaling(config, devices)
+        if as_json:
+            print(json.dumps(made, indent=2))
+            continue
+        print(render(made))  # type: ignore[arg-type]
+        if fit:
+            print(f"\nthe fastest that fits, with the same global batch:\n  {' '.join(made['overrides'])}")
+        if devices:
+            print(f"\n{scaling(made['sizes'])}")
     return OK
 
 
@@ -182,9 +200,14 @@ def evaluate(argv: list[str]) -> int:
 
 
 def doctor(argv: list[str]) -> int:
-    """What this machine can do; or the fault drill."""
+    """What this machine can do; or the fault drill, or measuring it for plans."""
     from ftdist import doctor
 
+    if argv == ["--calibrate"]:
+        from ftdist import calibrate
+
+        print(calibrate.run())
+        return OK
     argv, kills = _option(argv, "--kills")
     argv, seed = _option(argv, "--seed")
     if "--fault-drill" in argv:
@@ -195,7 +218,9 @@ def doctor(argv: list[str]) -> int:
         doctor.fault_drill(words, int(kills or 5), int(seed or 0))
         return OK
     if argv or kills or seed:
-        raise UserError(f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--fault-drill [--kills N]]")
+        raise UserError(
+            f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--calibrate | --fault-drill [--kills N]]"
+        )
     for subject, found in doctor.findings():
         print(f"{subject:<14}{found}")
     return OK

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist import checkpoint, health, launcher, lease, models, page, rundir, schema, stops, tracking, trainkeys
+from ftdist import (
+    checkpoint,
+    forecast,
+    health,
+    launcher,
+    lease,
+    models,
+    page,
+    rundir,
+    schema,
+    stops,
+    tracking,
+    trainkeys,
+)
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
 from ftdist.evaluate import evaluate, settings
 from ftdist.plan import Plan
+from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "eval", "tracking", "checkpoint", "health")
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "eval", "tracking",
+          "checkpoint", "health")  # fmt: skip
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
 BF16_CAPABILITY = 8.0  # Ampere, the first GPUs with bfloat16
@@ -41,6 +57,7 @@ def _top(
     run_dir: str | None,
     resume: Literal["never", "auto"],
     train_until: str | None,
+    must_fit: bool,
     seed: Annotated[int, Field(ge=0, lt=2**32)],
 ) -> None:
     """The keys outside every group."""
@@ -62,6 +79,7 @@ def check(config: dict[str, Any]) -> None:
     schema.check("health", config["health"], health.settings)
     stops.Limit(config["train_until"])
     schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
+    schema.check("hardware", config["hardware"], hardware, context=forecast.context())
     engine = launcher.engine_function(config["engine"].get("name"))
     schema.check("engine", config["engine"], engine)
     engine(**config["engine"])  # looks at the keys for DeepSpeed
@@ -79,11 +97,18 @@ def model_keys(*, path: str, architecture: dict[str, Any] | None) -> None:
     """The keys of `model` that the plan reads."""
 
 
-def plan(config: dict[str, Any], rows: int | None = None, examples: int | None = None, measured: bool = False) -> Plan:
+def plan(
+    config: dict[str, Any],
+    rows: int | None = None,
+    examples: int | None = None,
+    measured: bool = False,
+    shapes: Shapes | None = None,
+) -> Plan:
     """What would run, with the arithmetic. Loads no torch, no weights, no data; `config` was completed by `decide`.
 
     rows: of the prepared training split, packed ones where packing is on; examples: before packing;
-    measured: the strategy has prepared what it needs.
+    measured: the strategy has prepared what it needs; shapes: of the model, if they are known already (then nothing is
+    asked that was asked before).
     """
     from ftdist.plan.advice import advice
     from ftdist.plan.batch import batch_arithmetic
@@ -91,12 +116,14 @@ def plan(config: dict[str, Any], rows: int | None = None, examples: int | None =
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
-    if examples is None:
+    asked = shapes is None
+    if examples is None and asked:
         examples = count_rows(config["data"]["path"])
-    train, engine, gpu = config["train"], config["engine"]["name"], launcher.gpu()
+    train, engine = config["train"], config["engine"]["name"]
     count = launcher.processes(**config["cluster"], here=False)
     available, kind = launcher.devices()
-    shapes = shapes_of(config["model"])
+    devices = forecast.target(config, count * config["cluster"]["nodes"])
+    shapes = shapes or shapes_of(config["model"])
     total = shapes.total
     stage = stage_of(engine)
     dtype = precision(train)
@@ -121,8 +148,8 @@ def plan(config: dict[str, Any], rows: int | None = None, examples: int | None =
         here=config["cluster"]["name"] == "local",
         processes=count,
         nodes=config["cluster"]["nodes"],
-        gpu=kind == "GPU",
-        gpu_has_bf16=None if gpu is None else gpu[1] >= BF16_CAPABILITY,
+        gpu=devices.gpu,
+        gpu_has_bf16=None if devices.capability is None else devices.capability >= BF16_CAPABILITY,
         optim=train["optim"],
         bf16=bool(train["bf16"]),
         fp16=bool(train.get("fp16")),
@@ -156,7 +183,7 @@ def plan(config: dict[str, Any], rows: int | None = None, examples: int | None =
         "precision": dtype,
         "processes": count,
         "nodes": config["cluster"]["nodes"],
-        "devices": f"{kind}s, {available} here",
+        "devices": f"{kind}s, {available} here" if config["hardware"]["name"] == "auto" else devices.name,
         "sequences_per_step": batch.sequences_per_step,
         "tokens_per_step": batch.tokens_per_step,
         "arithmetic": batch.arithmetic,
@@ -168,7 +195,7 @@ def plan(config: dict[str, Any], rows: int | None = None, examples: int | None =
             parameters=total,
             processes=count,
             nodes=config["cluster"]["nodes"],
-            device_bytes=None if gpu is None else gpu[0],
+            device_bytes=devices.memory if devices.gpu else None,
         ),
         "stage": stage,
         "storage": storage(stage, dtype),
@@ -179,19 +206,49 @@ def plan(config: dict[str, Any], rows: int | None = None, examples: int | None =
     }
     if batch.total_steps is not None:
         made["total_steps"] = batch.total_steps
+    made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps)
+    if asked and config["strategy"].get("top_percent") and recipe.trainable is not None and made["fits"] is not None:
+        made["largest_top_percent"] = forecast.largest_percent(config, _planner(shapes, rows, measured), {})
+    if asked and made["fits"] is False:
+        made["fixes"] = forecast.fixes(config, _planner(shapes, rows, measured),
+                                       count * config["cluster"]["nodes"])  # fmt: skip
     return made  # type: ignore[return-value]
+
+
+def _planner(
+    shapes: Shapes, rows: int | None = None, measured: bool = False
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Plans other configurations of the same model and data, without their answers."""
+    return lambda config: dict(plan(config, rows=rows, measured=measured, shapes=shapes))
+
+
+def fitted(config: dict[str, Any]) -> dict[str, Any]:
+    """The plan of the fastest configuration that fits with the same global batch, and its `overrides`."""
+    world = launcher.processes(**config["cluster"], here=False) * config["cluster"]["nodes"]
+    found = forecast.fit(config, _planner(shapes_of(config["model"])), world)
+    if found is None:
+        raise UserError(f"--fit: nothing fits {world} of hardware={config['hardware']['name']} with this strategy and "
+                        "global batch; ftdist plan without --fit lists what would")  # fmt: skip
+    overrides, made = found
+    return {**made, "overrides": overrides}
+
+
+def scaling(config: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
+    """How the run scales over numbers of devices."""
+    world = launcher.processes(**config["cluster"], here=False) * config["cluster"]["nodes"]
+    return forecast.sizes(config, _planner(shapes_of(config["model"])), world, sizes)
 
 
 def decide(config: dict[str, Any]) -> None:
     """Check every key, then fill what was left to the program: precision, recomputation, the run directory's name."""
     check(config)
     train = config["train"]
-    gpu = launcher.gpu()
+    devices = forecast.target(config, 1)
     if train["bf16"] is None:
-        has_bf16 = gpu[1] >= BF16_CAPABILITY if gpu else _cpu_has_bf16()
+        has_bf16 = devices.capability >= BF16_CAPABILITY if devices.capability else _cpu_has_bf16()
         train["bf16"] = not train.get("fp16") and has_bf16
     if train["gradient_checkpointing"] is None:
-        train["gradient_checkpointing"] = gpu is not None and shapes_of(config["model"]).total > RECOMPUTE_ABOVE
+        train["gradient_checkpointing"] = devices.gpu and shapes_of(config["model"]).total > RECOMPUTE_ABOVE
     if config["run_dir"] is None:
         config["run_dir"] = rundir.fresh_name(config["model"]["path"], config["strategy"]["name"])
 
@@ -202,7 +259,13 @@ def ready(config: dict[str, Any]) -> None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     decide(config)
     launcher.processes(**config["cluster"], here=True)
-    plan(config)
+    shapes_of(config["model"], need_weights=True)
+    kind = launcher.devices()[1]
+    if config["hardware"]["name"] != "auto" and forecast.target(config, 1).gpu != (kind == "GPU"):
+        raise UserError(
+            f"hardware={config['hardware']['name']}: this machine has {kind}s; leave it out (ftdist plan takes it)"
+        )
+    forecast.refuse_what_cannot_fit(dict(plan(config)), config["must_fit"])
 
 
 def run(config: dict[str, Any], run_dir: Path) -> None:
@@ -257,6 +320,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     rundir.write_json(run_dir / ASKED, config)
     model = config["model"]
     model["path"] = models.local_path(model["path"], model["revision"])
+    shapes_of(model, need_weights=True)
     prepared = prepared_data(config)
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
@@ -294,9 +358,42 @@ def write_engine(config: dict[str, Any], run_dir: Path) -> None:
 def finish(run_dir: Path) -> None:
     """What follows training: the evaluation, if rows were asked for, and the run's page."""
     wanted = rundir.read_config(run_dir)["eval"]
+    measured(run_dir)
     if wanted["samples"]:
         evaluate(run_dir, wanted)
     page.write(run_dir)
+
+
+def measured(run_dir: Path) -> None:
+    """Add to the plan what the ranks measured, in the plan's own names."""
+    plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
+    ranks = [json.loads(file.read_text(encoding="utf-8")) for file in (run_dir / "logs").glob("rank-*.memory.json")]
+    if not ranks:
+        return
+    ranks.sort(key=lambda report: report["rank"])
+    tops = [max(report["peak_bytes"].values()) for report in ranks]
+    times = [report["step_seconds"] for report in ranks if report["step_seconds"]]
+    found: dict[str, Any] = {"device_peak_bytes": max(tops), "states": _counted(ranks), "ranks": ranks}
+    if ranks[0]["device"] == "cpu":  # a rank's device is the host's memory
+        found["host_peak_bytes_per_node"] = sum(tops) // plan["nodes"]
+    else:
+        found["host_peak_bytes_per_node"] = sum(report["host_peak_bytes"] for report in ranks) // plan["nodes"]
+    if times:
+        found["seconds_per_step"] = max(times)
+        found["tokens_per_second"] = plan["tokens_per_step"] / max(times)
+    rundir.write_json(run_dir / "plan.json", {**plan, "measured": found})
+
+
+def _counted(ranks: list[dict[str, Any]]) -> dict[str, int]:
+    """Bytes of live tensors by kind on the rank that holds most, named as the plan's `states`."""
+    counted: dict[str, int] = {}
+    for report in ranks:
+        tensors = dict(report["tensors"].get("between", {}))
+        if "backward" in report["tensors"]:
+            tensors["gradients_in_backward"] = report["tensors"]["backward"]["gradients"]
+        for kind, size in tensors.items():
+            counted[kind] = max(counted.get(kind, 0), size)
+    return counted
 
 
 def prepared_data(config: dict[str, Any]) -> Path:
@@ -314,15 +411,15 @@ def prepared_data(config: dict[str, Any]) -> Path:
     )
 
 
-def shapes_of(model: dict[str, Any]) -> Shapes:
-    """The shapes of the model that `model:` names; the demo model is made on the way."""
+def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:
+    """The shapes of the model that `model:` names, from config.json; the demo model is made on the way."""
     path = models.local_path("demo", None) if model["path"] == "demo" else model["path"]
     return model_shapes(
         path,
         model["architecture"],
         revision=model["revision"],
         trust_remote_code=model["trust_remote_code"],
-        need_weights=True,
+        need_weights=need_weights,
     )
 
 

@@ -88,6 +88,20 @@ def gpu() -> tuple[int, float] | None:
     return min(((int(memory) << 20, float(capability)) for memory, capability in rows), default=None)
 
 
+@functools.cache
+def gpu_facts() -> tuple[str, int, float] | None:
+    """Product name, bytes of memory and compute capability of this machine's smallest GPU; None without one.
+
+    Zeros where no nvidia-smi tells them.
+    """
+    facts = gpu()
+    if facts is None:
+        return ("GPU", 0, 0.0) if devices()[1] == "GPU" else None
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return (answer.splitlines() or ["GPU"])[0], *facts
+
+
 def processes(
     *,
     name: Literal["local", "outside"],

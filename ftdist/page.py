@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist.data.report import words
-from ftdist.plan.text import render
+from ftdist.plan.text import gigabytes, render, seconds
 
 
 def write(run_dir: Path) -> None:
@@ -16,6 +16,8 @@ def write(run_dir: Path) -> None:
     plan = _read(run_dir / "plan.json")
     environment = _read(run_dir / "env.json")
     parts = [f"# {run_dir.name}", _result(run_dir), "## Plan", _block(render(plan))]
+    if "measured" in plan:
+        parts += ["## Predicted and measured", _compared(plan)]
     parts += ["## Data", _block(words(Path(plan["prepared"])))]
     if (run_dir / "snr.png").is_file():
         parts += ["## Spectrum", "SNR of every module; what is trained is marked.", "![SNR by layer](snr.png)"]
@@ -45,6 +47,18 @@ def _result(run_dir: Path) -> str:
         lines += ["", "| held out | exact match | loss | perplexity |", "|---|---|---|---|"]
         for which, m in _read(metrics).items():
             lines.append(f"| {which} | {m['exact_match']:.1%} | {m['loss']:.4f} | {m['perplexity']:.4g} |")
+    return "\n".join(lines)
+
+
+def _compared(plan: dict[str, Any]) -> str:
+    """The plan beside what the ranks measured, with the error of the plan."""
+    lines = ["| | predicted | measured | error |", "|---|---|---|---|"]
+    shown = {"device_peak_bytes": gigabytes, "host_peak_bytes_per_node": gigabytes, "seconds_per_step": seconds}
+    for key, word in shown.items():
+        if key in plan and key in plan["measured"]:
+            predicted, found = plan[key], plan["measured"][key]
+            name = key.replace("_", " ").replace(" bytes", "")
+            lines.append(f"| {name} | {word(predicted)} | {word(found)} | {predicted / found - 1:+.1%} |")
     return "\n".join(lines)
 
 

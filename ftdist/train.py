@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 def frozen(argv: list[str]) -> Path:
     """Global rank 0's part: a run directory with everything that the ranks read, for the engine of the launcher."""
-    from ftdist import compose, job, lease, resume, rundir
+    from ftdist import compose, forecast, job, lease, resume, rundir
 
     engine, deepspeed = _engine()
     section = _zero_section(deepspeed) if deepspeed else {}
@@ -89,7 +89,7 @@ def frozen(argv: list[str]) -> Path:
         raise UserError("a launcher runs one configuration: leave out -m and --cfg, or use ftdist train")
     config = configs[0]
     job.decide(config)
-    job.plan(config)
+    forecast.refuse_what_cannot_fit(dict(job.plan(config)), config["must_fit"])
     run_dir = Path(config["run_dir"]).expanduser().absolute()
     if config["resume"] == "auto" and resume.begun(run_dir, config):
         os.environ[lease.VARIABLE] = str(lease.take(run_dir).token)

@@ -36,6 +36,7 @@ def train(run_dir: Path) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ftdist import keeper, models, tracking
     from ftdist.health import Health
+    from ftdist.measure import Meter
     from ftdist.plan.shapes import model_shapes
     from ftdist.ranks import Ranks
     from ftdist.save import save_final
@@ -54,6 +55,7 @@ def train(run_dir: Path) -> int:
     base = Base(shapes, plan["precision"], plan["storage"], measured=True)
     recipe = strategy(base, **schema.pick(strategy, config["strategy"]))
 
+    meter = Meter(int(os.environ.get("RANK", "0")))
     tokenizer = models.tokenizer(path, revision, remote)
     wanted = {key: value for key, value in config["model"].items() if key != "architecture"}
     set_seed(config["seed"])  # adapters start from random numbers; the trainer seeds only itself
@@ -94,6 +96,7 @@ def train(run_dir: Path) -> int:
     if plan["stage"] and trainer.accelerator.distributed_type.value != "DEEPSPEED":
         raise RuntimeError("the launcher's environment keeps DeepSpeed out (unset ACCELERATE_USE_CPU)")
 
+    meter.follow(trainer)
     finish = None
     if main:
         if checkpoint:
@@ -111,8 +114,12 @@ def train(run_dir: Path) -> int:
         if plan["stage"] == 3:
             engine: Any = trainer.model_wrapped
             engine.empty_partition_cache()  # the last evaluation may have left prefetches in flight
-        save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main)
+        with meter.during("save"):
+            save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main)
+    meter.write(run_dir)
     if main:
+        peaks = {f"memory/{phase}": peak for phase, peak in meter.peaks.items()}
+        log({**peaks, "memory/predicted": plan["device_peak_bytes"]}, trainer.state.global_step)
         name = "finished" if keep.stopping is None else "stopped"
         rundir.record(run_dir, name, trainer.state.global_step, reason=keep.stopping)
         outcome = {"outcome": name, "reason": keep.stopping, "step": trainer.state.global_step}

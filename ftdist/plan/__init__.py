@@ -1,6 +1,6 @@
 """What would run, worked out from names, shapes and numbers alone: no torch, no GPU."""
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class _Always(TypedDict):
@@ -30,3 +30,28 @@ class Plan(_Always, total=False):
 
     steps_per_epoch: int  # once the number of rows is known
     total_steps: int
+    # what `forecast.py` adds
+    device_peak_bytes: int  # of one rank, in its highest phase
+    band_bytes: int  # by which that may be wrong
+    host_peak_bytes_per_node: int
+    checkpoint_bytes: int  # over all ranks
+    disk_bytes: dict[str, int]
+    phases: dict[str, dict[str, int]]  # phase -> kind -> bytes of a rank's device
+    host_phases: dict[str, dict[str, int]]  # the same of a node's host memory
+    states: dict[str, int]  # the model states of a rank between two steps, exact
+    hardware: dict[str, Any]
+    tokens_per_second: float
+    seconds_per_step: float
+    step_bound_by: str
+    mfu: float
+    time_calibrated: bool
+    total_seconds: float
+    cost: float
+    fits: bool | None  # None: no memory is known to compare with
+    margin_bytes: int | None
+    scarce: str | None  # device or host
+    certain: bool  # the margin is larger than the band
+    notes: list[str]
+    fixes: list[dict[str, Any]]
+    largest_top_percent: int | None  # of Spectrum, that still fits
+    measured: dict[str, Any]  # at the end of the run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from typing import Any
 
 from ftdist.plan import Plan
 
@@ -27,11 +28,86 @@ def render(plan: Plan) -> str:
         ("devices", [plan["devices"]]),
         ("precision", [plan["precision"]]),
         ("batch", plan["arithmetic"]),
+        *_forecast(plan),
         ("writes", _files(plan["files"])),
         ("runs", [shlex.join(command) for command in plan["command"]]),
         ("advice", plan["advice"]),
     ]
     return "\n".join(_entry(title, lines) for title, lines in entries if lines)
+
+
+def _forecast(plan: Plan) -> list[tuple[str, list[str]]]:
+    """Memory, disk, time and the answers, as far as the plan has them."""
+    if "device_peak_bytes" not in plan:
+        return []
+    phases, hosts, hardware = plan["phases"], plan["host_phases"], plan["hardware"]
+    worst = max(phases, key=lambda name: sum(phases[name].values()))
+    highest = max((name for name in hosts if name != "export"), key=lambda name: sum(hosts[name].values()))
+    of = f" of {gigabytes(hardware['memory'])}" if hardware["memory"] else ""
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "no memory known to compare with"}[plan["fits"]]
+    if plan["fits"] is not None:
+        spare = plan["margin_bytes"] or 0
+        verdict += f", {gigabytes(abs(spare))} {'to spare' if spare >= 0 else 'too much'}"
+        verdict += "" if plan["certain"] else " (within the plan's error)"
+    memory = [
+        f"{gigabytes(plan['device_peak_bytes'])} ± {gigabytes(plan['band_bytes'])} a rank at the peak ({worst})"
+        f"{of}, {hardware['name']}: {verdict}",
+        "  " + ", ".join(f"{name} {gigabytes(sum(kinds.values()))}" for name, kinds in phases.items()),
+        f"  {worst}: " + _kinds(phases[worst]),
+        f"host: {gigabytes(plan['host_peak_bytes_per_node'])} a node at the peak ({highest}): {_kinds(hosts[highest])}",
+    ]
+    if "export" in hosts:
+        memory.append(f"  export afterwards: {gigabytes(sum(hosts['export'].values()))} of host memory")
+    disk = [f"{gigabytes(plan['checkpoint_bytes'])} a checkpoint"]
+    disk += [f"{gigabytes(size)} {name}" for name, size in plan["disk_bytes"].items() if size]
+    band = "" if plan["time_calibrated"] else " (within a third: not calibrated on this machine)"
+    time = [
+        f"{seconds(plan['seconds_per_step'])} a step, {plan['tokens_per_second']:,.0f} tokens/s, "
+        f"MFU {plan['mfu']:.0%}, bound by {plan['step_bound_by']}{band}"
+    ]
+    if "total_seconds" in plan:
+        time.append(f"{plan['total_steps']:,} steps: {seconds(plan['total_seconds'])}")
+    if "cost" in plan:
+        time.append(f"cost: {plan['cost']:,.2f} for {hardware['devices']} devices")
+    if plan.get("largest_top_percent"):
+        memory.append(f"largest strategy.top_percent that fits: {plan['largest_top_percent']}")
+    fixes = [f"{' '.join(fix['overrides'])}   {fix['says']}: {gigabytes(fix['device_peak_bytes'])}, "
+             f"{seconds(fix['seconds_per_step'])} a step" for fix in plan.get("fixes", [])]  # fmt: skip
+    return [("memory", memory), ("disk", [", ".join(disk)]), ("time", time), ("not sure", plan["notes"]),
+            ("fits with", fixes)]  # fmt: skip
+
+
+def scaling(rows: Iterable[dict[str, Any]]) -> str:
+    """The table of `--sizes`."""
+    lines = [f"{'devices':>8} {'nodes':>6} {'fits':>5} {'peak':>10} {'tokens/step':>12} {'tokens/s':>12} {'MFU':>5} "
+             f"{'a step':>10}  overrides"]  # fmt: skip
+    for row in rows:
+        fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
+        lines.append(
+            f"{row['devices']:>8,} {row['nodes']:>6,} {fits:>5} {gigabytes(row['device_peak_bytes']):>10} "
+            f"{row['tokens_per_step']:>12,} {row['tokens_per_second']:>12,.0f} {row['mfu']:>5.0%} "
+            f"{seconds(row['seconds_per_step']):>10}  {' '.join(row['overrides'])}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _kinds(phase: dict[str, int]) -> str:
+    found = sorted(((size, kind) for kind, size in phase.items() if size), reverse=True)
+    return ", ".join(f"{kind.replace('_', ' ')} {gigabytes(size)}" for size, kind in found)
+
+
+def gigabytes(size: float) -> str:
+    """Decimal, three significant figures."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB"
+
+
+def seconds(count: float) -> str:
+    """As people say it."""
+    if count < 60:
+        return f"{count:.3g} s"
+    if count < 3600:
+        return f"{count / 60:.3g} min"
+    return f"{count / 3600:.3g} h" if count < 48 * 3600 else f"{count / 86400:.3g} days"
 
 
 def _entry(title: str, lines: Iterable[str]) -> str:

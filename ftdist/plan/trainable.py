@@ -9,7 +9,9 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from ftdist.errors import UserError
+from ftdist.plan.architectures import Shape
 from ftdist.plan.shapes import Shapes, meta_model
+from ftdist.plan.states import Held
 
 # Fields of peft.LoraConfig that decide what is trained and are computed here, and those that do not.
 _COUNTED = {
@@ -55,28 +57,61 @@ def trainable_parameters(
     `peft`: the fields of the PeftConfig around the model, with `peft_type`. `trainable`: exact parameter
     names that stay unfrozen. Neither: every parameter. UserError for a name or a target that matches nothing.
     """
+    adapters, unfrozen = trained_tensors(shapes, peft=peft, trainable=trainable)
+    table: dict[str, int] = {}
+    counts = {module: sum(map(math.prod, tensors.values())) for module, tensors in adapters.items()}
+    for name in unfrozen:
+        counts[name] = math.prod(shapes.architecture.parameters[name])
+    order = [*_modules(shapes.architecture.parameters, shapes.architecture.linear), *shapes.architecture.parameters]
+    rank = {name: number for number, name in enumerate(order)} if adapters else {}
+    for name in sorted(counts, key=lambda name: rank.get(name, 0)):
+        if counts[name]:
+            kind = module_type(name)
+            table[kind] = table.get(kind, 0) + counts[name]
+    return table
+
+
+Adapters = dict[str, dict[str, Shape]]  # module -> name of a new tensor below it -> shape
+
+
+def trained_tensors(
+    shapes: Shapes, *, peft: dict[str, Any] | None, trainable: Collection[str] | None
+) -> tuple[Adapters, list[str]]:
+    """The tensors that adapters add, and the names of the model's own that are trained, in the order of the model."""
     assert peft is None or trainable is None, "adapters freeze the base; there is nothing left to name"
     if peft is not None:
         # peft also reaches into experts that share one 3-D tensor, by rules of each model class
         fused = any(len(shape) > 2 for shape in shapes.architecture.parameters.values())
-        return _lora(shapes, peft) if _is_plain_lora(peft) and not fused else _counted_by_peft(shapes, peft)
+        return _lora(shapes, peft) if _is_plain_lora(peft) and not fused else _made_by_peft(shapes, peft)
     known = shapes.architecture.parameters
     if trainable is None:
-        return _by_type((name, math.prod(shape)) for name, shape in known.items())
+        return {}, list(known)
     names = {shapes.architecture.tied.get(name, name) for name in trainable}
     for name in sorted(names - set(known)):
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
         raise UserError(f"trainable parameter {name}: the model has none of that name; the nearest is {near[0]}")
-    return _by_type((name, math.prod(shape)) for name, shape in known.items() if name in names)
+    return {}, [name for name in known if name in names]
 
 
-def _by_type(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
-    table: dict[str, int] = {}
-    for name, count in counts:
-        if count:
-            kind = module_type(name)
-            table[kind] = table.get(kind, 0) + count
-    return table
+def held_tensors(
+    shapes: Shapes, *, peft: dict[str, Any] | None, trainable: Collection[str] | None, quantized: Collection[str]
+) -> list[Held]:
+    """Every tensor of the model with its adapters, as `named_parameters` has them. `quantized`: modules in 4 bit."""
+    adapters, names = trained_tensors(shapes, peft=peft, trainable=trainable)
+    unfrozen = set(names)
+    waiting = dict(adapters)
+    held = []
+    known = list(shapes.architecture.parameters)
+    for number, name in enumerate(known):
+        module = name.rpartition(".")[0]
+        in_4bit = module in quantized and name.endswith(".weight")
+        held.append(Held(name, shapes.architecture.parameters[name], name in unfrozen, in_4bit))
+        if number + 1 == len(known) or known[number + 1].rpartition(".")[0] != module:
+            added = waiting.pop(module, {})
+            held += [Held(f"{module}.{own}", shape, True) for own, shape in added.items()]
+    for module, added in waiting.items():  # of a tied head, which has no tensor of its own
+        held += [Held(f"{module}.{own}", shape, True) for own, shape in added.items()]
+    return held
 
 
 def _is_plain_lora(peft: dict[str, Any]) -> bool:
@@ -89,7 +124,7 @@ def _is_plain_lora(peft: dict[str, Any]) -> bool:
     return not any(v for k, v in peft.items() if k not in _COUNTED | _WITHOUT_EFFECT | {"init_lora_weights"})
 
 
-def _lora(shapes: Shapes, peft: dict[str, Any]) -> dict[str, int]:
+def _lora(shapes: Shapes, peft: dict[str, Any]) -> tuple[Adapters, list[str]]:
     """LoRA on W (out × in): A (r × in), B (out × r); DoRA adds a magnitude per output (arXiv 2402.09353)."""
     architecture = shapes.architecture
     modules = _modules(architecture.parameters, architecture.linear)
@@ -101,7 +136,8 @@ def _lora(shapes: Shapes, peft: dict[str, Any]) -> dict[str, int]:
             f"strategy.target_modules={_shown(peft['target_modules'])}: matches no layer of the model; its "
             f"linear layers are {', '.join(kinds)}"
         )
-    counts: dict[str, int] = {}
+    made: Adapters = {}
+    unfrozen: set[str] = set()
     bias = peft.get("bias") or "none"
     for name in targets:
         size = architecture.linear.get(name) or architecture.embeddings.get(name)
@@ -112,21 +148,21 @@ def _lora(shapes: Shapes, peft: dict[str, Any]) -> dict[str, int]:
             )
         fan_in, fan_out = size
         rank = _rank(name, peft)
-        counts[name] = rank * (fan_in + fan_out)
-        if peft.get("use_dora"):
-            counts[name] += fan_out
+        tensors: dict[str, Shape] = {"lora_A.default.weight": (rank, fan_in), "lora_B.default.weight": (fan_out, rank)}
         if peft.get("lora_bias"):
-            counts[name] += fan_out
-        if bias == "lora_only":
-            counts[name] += math.prod(architecture.parameters.get(f"{name}.bias", (0,)))
+            tensors["lora_B.default.bias"] = (fan_out,)
+        if peft.get("use_dora"):
+            tensors["lora_magnitude_vector.default.weight"] = (fan_out,)
+        made[name] = tensors
+        if bias == "lora_only" and f"{name}.bias" in architecture.parameters:
+            unfrozen.add(f"{name}.bias")
     if bias == "all":
-        for name, shape in architecture.parameters.items():
-            if name.endswith(".bias"):
-                counts[name[: -len(".bias")]] = counts.get(name[: -len(".bias")], 0) + math.prod(shape)
+        unfrozen |= {name for name in architecture.parameters if name.endswith(".bias")}
     for name in modules:
         if any(name.endswith(part) for part in saved):  # peft compares the end of the name, dot or not
-            counts[name] = _size(name, shapes)
-    return _by_type((name, counts[name]) for name in modules if name in counts)
+            made[name] = _copies(name, shapes)
+            unfrozen -= {own for own in unfrozen if own.startswith(f"{name}.")}
+    return made, [name for name in architecture.parameters if name in unfrozen]
 
 
 def _modules(parameters: Iterable[str], linear: Iterable[str]) -> list[str]:
@@ -168,19 +204,21 @@ def _rank(name: str, peft: dict[str, Any]) -> int:
     return int(peft["r"])
 
 
-def _size(module: str, shapes: Shapes) -> int:
-    """Parameters of a module that peft copies; the copy of a tied head is a tensor of its own."""
-    own = sum(math.prod(s) for n, s in shapes.architecture.parameters.items() if n.startswith(f"{module}."))
+def _copies(module: str, shapes: Shapes) -> dict[str, Shape]:
+    """The tensors of a module that peft copies; the copy of a tied head is a tensor of its own."""
+    prefix = f"{module}."
+    own = {n: shape for n, shape in shapes.architecture.parameters.items() if n.startswith(prefix)}
     if not own and module in shapes.architecture.linear:
-        return math.prod(shapes.architecture.linear[module])
-    return own
+        fan_in, fan_out = shapes.architecture.linear[module]
+        own = {f"{prefix}weight": (fan_out, fan_in)}
+    return {f"modules_to_save.default.{name.removeprefix(prefix)}": shape for name, shape in own.items()}
 
 
 def _shown(target: Any) -> str:
     return target if isinstance(target, str) else "[" + ",".join(sorted(target)) + "]"
 
 
-def _counted_by_peft(shapes: Shapes, peft: dict[str, Any]) -> dict[str, int]:
+def _made_by_peft(shapes: Shapes, peft: dict[str, Any]) -> tuple[Adapters, list[str]]:
     """Any other adapter: peft itself puts it around a model without memory. Slow: imports transformers."""
     from peft import get_peft_config, get_peft_model
 
@@ -190,10 +228,14 @@ def _counted_by_peft(shapes: Shapes, peft: dict[str, Any]) -> dict[str, int]:
         adapted = get_peft_model(model, get_peft_config(dict(peft)), low_cpu_mem_usage=True)
     except (ValueError, TypeError) as failure:
         raise UserError(f"strategy: peft refuses its adapter for this model: {' '.join(str(failure).split())[:200]}")
-    counts = []
+    made: Adapters = {}
+    unfrozen = set()
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             inner = name.removeprefix("base_model.model.")
-            home = next((module for module in modules if inner.startswith(f"{module}.")), inner)
-            counts.append((home, parameter.numel()))
-    return _by_type(counts)
+            if inner.replace(".base_layer.", ".") in shapes.architecture.parameters:
+                unfrozen.add(inner.replace(".base_layer.", "."))
+                continue
+            home = next((module for module in modules if inner.startswith(f"{module}.")), "")
+            made.setdefault(home, {})[inner.removeprefix(f"{home}.")] = tuple(parameter.shape)
+    return made, [name for name in shapes.architecture.parameters if name in unfrozen]

@@ -87,7 +87,7 @@ def test_the_whole_config_of_peft_is_understood(monkeypatch):
 
     from ftdist.plan import trainable
 
-    monkeypatch.setattr(trainable, "_counted_by_peft", None)  # the fast way must do
+    monkeypatch.setattr(trainable, "_made_by_peft", None)  # the fast way must do
     config = LoraConfig(r=8, target_modules="all-linear", use_rslora=True, lora_dropout=0.1, task_type="CAUSAL_LM")
     assert sum(ours("llama", config.to_dict()).values()) == counted_by_peft(
         "llama", {"r": 8, "target_modules": "all-linear"}

@@ -1,0 +1,490 @@
+"""What a configuration needs and how long it takes: from its keys to the arithmetic of `plan/`, and the answers.
+
+Like `job.py` this stands at the border: configurations come in, plain numbers go to `plan/`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from ftdist import launcher, rundir
+from ftdist.errors import UserError
+from ftdist.plan.activations import family
+from ftdist.plan.hardware import Hardware, hardware
+from ftdist.plan.memory import Case, Memory, disk_bytes, need, standing, zero_sizes
+from ftdist.plan.shapes import Shapes
+from ftdist.plan.speed import duration, step
+from ftdist.plan.states import WIDTH, Held, checkpoint_bytes, quantized_modules
+from ftdist.plan.trainable import held_tensors
+from ftdist.strategies import Recipe
+
+SHARDING = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")  # from the fastest to the thriftiest
+NODE = 8  # devices of a node, where a plan asks for more than one node's
+HEADROOM = 0.97  # of a device's memory; the rest goes to fragments and to what the driver keeps
+
+Plan = dict[str, Any]
+Planner = Callable[[dict[str, Any]], Plan]
+
+
+def target(config: dict[str, Any], world: int) -> Hardware:
+    """The devices that this configuration is planned for."""
+    here = config["cluster"]["nodes"] == 1 and config["hardware"]["name"] in ("auto", "cpu")
+    return hardware(**config["hardware"], here=here, world=world, cores=launcher.cores(), ask=launcher.gpu_facts)
+
+
+def context() -> tuple[str, ...]:
+    """Parameters of `hardware` that are the program's."""
+    return ("here", "world", "cores", "ask")
+
+
+def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[str, Any], devices: Hardware) -> Case:
+    """The configuration as plain numbers. facts: what the plan has decided already."""
+    train, engine = config["train"], config["engine"]
+    section: dict[str, Any] = {}
+    if facts["stage"]:
+        section = launcher.engine_function(engine["name"])(**engine)["zero_optimization"]
+    peft = dict(recipe.peft) if recipe.peft else None
+    quantized: set[str] = set()
+    double = False
+    if recipe.quantization is not None:
+        quantized = quantized_modules(shapes.architecture, recipe.quantization.get("llm_int8_skip_modules"))
+        double = bool(recipe.quantization.get("bnb_4bit_use_double_quant"))
+    held = tuple(held_tensors(shapes, peft=peft, trainable=recipe.trainable, quantized=quantized))
+    offload = {
+        part: (section.get(f"offload_{part}") or {}).get("device", "none") not in ("none", None)
+        for part in ("optimizer", "param")
+    }
+    world = facts["processes"] * facts["nodes"]
+    hidden, layers, vocabulary = _sizes(shapes)
+    dtype = config["model"]["dtype"]
+    return Case(
+        held=held,
+        family=family(shapes.config),
+        traced=None,
+        vocabulary=vocabulary,
+        hidden=hidden,
+        layers=layers,
+        tied=bool(shapes.architecture.tied),
+        stage=facts["stage"],
+        offload_optimizer=offload["optimizer"],
+        offload_parameters=offload["param"],
+        nvme=engine["name"] == "zero3_nvme",
+        world=world,
+        processes=facts["processes"],
+        dtype=facts["precision"],
+        loaded=facts["loaded"] if dtype == "auto" else dtype,
+        trained=facts["trained"],
+        storage=facts["storage"],
+        double_quantization=double,
+        optim=train["optim"],
+        batch=train["per_device_train_batch_size"],
+        accumulation=train["gradient_accumulation_steps"],
+        length=train["max_length"],
+        packed=bool(train["packing"]),
+        attention=_attention(config["model"]["attn_implementation"]),
+        checkpointing=bool(train["gradient_checkpointing"]),
+        adapters=peft is not None,
+        magnitude=bool((peft or {}).get("use_dora")),
+        dropout=float((peft or {}).get("lora_dropout") or 0.0),
+        eval_batch=train["per_device_eval_batch_size"],
+        generation=(config["eval"]["batch_size"], config["eval"]["max_new_tokens"])
+        if config["eval"]["samples"]
+        else None,
+        gpu=devices.gpu,
+        runtime=devices.runtime,
+        zero=zero_sizes(section, hidden) if section else (),
+        fused=not any(h.name.startswith("lm_head.lora_") for h in held),  # an adapter has a forward of its own
+    )
+
+
+def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[str, Any], steps: int | None) -> Plan:
+    """The plan's numbers of memory, disk, time and money. steps: of the whole run, if known."""
+    devices = target(config, facts["processes"] * facts["nodes"])
+    case = case_of(config, shapes, recipe, facts, devices)
+    if case.family is None:
+        case = replace(case, traced=_traced(case, shapes, config["model"]["trust_remote_code"]))
+    memory = need(case)
+    speed = step(case, devices, facts["tokens_per_step"])
+    made: Plan = {
+        "device_peak_bytes": memory.device_peak,
+        "band_bytes": memory.band,
+        "host_peak_bytes_per_node": memory.host_peak,
+        "checkpoint_bytes": checkpoint_bytes(
+            parameters=sum(h.numel for h in case.held if not h.trained or not case.adapters),
+            trained=sum(h.numel for h in case.held if h.trained),
+            stage=case.stage,
+            world=case.world,
+            adapters=case.adapters,
+            weight_bytes=WIDTH[case.trained if case.dtype == "float32" or not case.stage else case.dtype],
+            state_bytes=memory.states.saved,
+        ),
+        "disk_bytes": disk_bytes(case, memory.states, None if steps is None else steps * facts["tokens_per_step"]),
+        "tokens_per_second": speed.tokens_per_second,
+        "seconds_per_step": speed.seconds,
+        "step_bound_by": speed.bound,
+        "mfu": speed.mfu,
+        "time_calibrated": devices.calibrated,
+        "hardware": {
+            "name": devices.name,
+            "memory": devices.memory,
+            "host_memory": devices.host_memory,
+            "devices": case.world,
+        },
+        "phases": memory.device,
+        "host_phases": memory.host,
+        "states": standing(case, memory.states),
+        "notes": list(memory.notes),
+    }
+    made |= _verdict(memory, devices, case)
+    if steps is not None:
+        took = duration(speed, steps, case.world, devices.price_per_hour)
+        made["total_seconds"] = took.seconds
+        if took.cost is not None:
+            made["cost"] = took.cost
+    return made
+
+
+def _verdict(memory: Memory, devices: Hardware, case: Case) -> Plan:
+    """fits: True, False, or None where a memory is not known; the margin is that of the scarcer memory."""
+    margins: list[tuple[int, str, int]] = []
+    if devices.gpu and devices.memory is not None:
+        margins.append((int(devices.memory * HEADROOM) - memory.device_peak, "device", memory.band))
+    host = devices.host_memory if devices.gpu else devices.memory
+    if host is not None:
+        band = memory.band * case.processes if not devices.gpu else memory.host_peak // 10
+        margins.append((host - memory.host_peak, "host", band))
+    if not margins:
+        return {"fits": None, "margin_bytes": None, "scarce": None, "certain": False}
+    margin, which, band = min(margins, key=lambda m: m[0] - m[2])
+    return {
+        "fits": margin >= 0,
+        "margin_bytes": margin,
+        "scarce": which,
+        "certain": abs(margin) > band,
+    }
+
+
+def refuse_what_cannot_fit(plan: Plan, must_fit: bool) -> None:
+    """UserError if the plan is sure that the run does not fit; a line of warning where it is not sure."""
+    if plan["fits"] is None or (plan["fits"] and plan["certain"]):
+        return
+    which = "device" if plan["scarce"] == "device" else "host"
+    needed = plan["device_peak_bytes"] if which == "device" else plan["host_peak_bytes_per_node"]
+    has = needed + plan["margin_bytes"]
+    words = f"{_gb(needed)} of {which} memory needed at the peak, {_gb(has)} there"
+    if plan["fits"] or not plan["certain"]:
+        print(f"warning: {words}: within the plan's error, it may not fit", flush=True)
+        return
+    fixes = plan.get("fixes") or []
+    fix = f"; this fits: {' '.join(fixes[0]['overrides'])}" if fixes else "; nothing that is known here makes it fit"
+    if must_fit:
+        raise UserError(f"the run does not fit: {words}{fix} (must_fit=false starts it all the same)")
+    print(f"warning: the run does not fit: {words}{fix}", flush=True)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+# What would make it fit
+
+
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the configuration with `group.key` set; `engine` and `strategy` are choices."""
+    made = copy.deepcopy(config)
+    for key, value in changes.items():
+        group, _, name = key.partition(".")
+        if not name and group in ("engine", "strategy"):
+            from ftdist.compose import compose
+
+            if group == "engine":
+                made["engine"] = {"name": value} | ({} if value in ("single", "ddp") else {"zero": {}})
+            else:
+                made["strategy"] = compose("plan", [f"strategy={value}", "model.path=x", "data.path=x"])[0]["strategy"]
+        elif not name:
+            made[group] = value
+        else:
+            *path, last = name.split(".")
+            place = made[group]
+            for part in path:
+                place = place[part]
+            place[last] = value
+    return made
+
+
+def words(changes: dict[str, Any]) -> list[str]:
+    """Overrides to paste."""
+    return [f"{'+' if '.zero.' in key else ''}{key}={str(value).lower() if isinstance(value, bool) else value}"
+            for key, value in changes.items()]  # fmt: skip
+
+
+def _try(plan: Planner, config: dict[str, Any], changes: dict[str, Any]) -> Plan | None:
+    try:
+        return plan(changed(config, changes))
+    except UserError:  # a combination that is refused for another reason
+        return None
+
+
+def _surely(plan: Plan) -> bool:
+    """It fits by more than the plan's error, or nothing is known to compare with."""
+    return plan["fits"] is None or bool(plan["fits"] and plan["certain"])
+
+
+def _micro(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Smaller micro-batches with accumulation that keeps the global batch."""
+    train = config["train"]
+    size, times = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
+    for smaller in range(size - 1, 0, -1):
+        if size % smaller == 0:
+            yield {
+                "train.per_device_train_batch_size": smaller,
+                "train.gradient_accumulation_steps": times * size // smaller,
+            }
+
+
+def _engines(config: dict[str, Any], world: int) -> list[str]:
+    """Engines that need less of a device than this one."""
+    name = config["engine"]["name"]
+    if world == 1:  # sharding over one rank saves nothing, offloading does
+        return [] if name.endswith(("offload", "nvme")) else ["zero3_offload"]
+    if name not in SHARDING:
+        return []
+    return list(SHARDING[SHARDING.index(name) + 1 :])
+
+
+def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> list[Plan]:
+    """What makes the configuration fit, the cheapest first: what keeps the training the same, then what changes it,
+    then more devices. Each is overrides to paste with the plan's numbers."""
+    found: list[Plan] = []
+    smallest = list(_micro(config))[-1:] or [{}]
+    recompute: dict[str, Any] = (
+        {} if config["train"]["gradient_checkpointing"] else {"train.gradient_checkpointing": True}
+    )
+    best: dict[str, Any] = {}  # the thriftiest of the levers that change nothing in the result
+
+    def consider(changes: dict[str, Any], says: str) -> bool:
+        if not changes or len(found) >= most:
+            return False
+        made = _try(plan, config, changes)
+        if made is None or not _surely(made):
+            return False
+        found.append(
+            {
+                "overrides": words(changes),
+                "says": says,
+                "device_peak_bytes": made["device_peak_bytes"],
+                "seconds_per_step": made["seconds_per_step"],
+            }
+        )
+        return True
+
+    if config["train"]["per_device_eval_batch_size"] > 1:
+        consider({"train.per_device_eval_batch_size": 1}, "held-out rows one at a time")
+    micro = any(consider(change, "the same global batch in smaller pieces") for change in _micro(config))
+    again = consider(recompute, "recomputation, about a third more time")
+    best = {**recompute, **smallest[0]}
+    if not (micro or again) and recompute and smallest[0]:
+        consider(best, "recomputation and smaller pieces")
+    stage = config["engine"]["name"][:5]
+    buffers = {"zero3": ("sub_group_size", 100_000_000)}.get(stage, ("reduce_bucket_size", 50_000_000))
+    if stage.startswith("zero") and buffers[0] not in config["engine"]["zero"]:
+        small = {f"engine.zero.{buffers[0]}": buffers[1]}
+        _ = consider(small, "smaller buffers of DeepSpeed's") or consider(
+            {**best, **small} if best else {}, "smaller buffers of DeepSpeed's, recomputation, smaller pieces"
+        )
+    for name in _engines(config, world):
+        alone = consider({"engine": name}, "sharded further")
+        if not alone and best:
+            alone = consider({"engine": name, **best}, "sharded further, with recomputation and smaller pieces")
+        if alone:
+            break
+    stronger = next(iter(reversed([n for n in _engines(config, world) if "offload" not in n])), None)
+    sharded = {"engine": stronger, **best} if stronger else best
+    if config["train"]["optim"] in ("adamw_torch", "adamw_torch_fused") and not config["engine"]["name"].endswith(
+        "load"
+    ):
+        eight = {"train.optim": "adamw_8bit"}
+        _ = consider(eight, "optimizer states in 8 bit") or consider(
+            {**sharded, **eight}, "and optimizer states in 8 bit"
+        )
+    name = config["strategy"]["name"]
+    if name == "spectrum" and config["strategy"].get("top_percent"):
+        percent = largest_percent(config, plan, sharded)
+        if percent:
+            consider({**sharded, "strategy.top_percent": percent}, "fewer layers trained")
+    if name == "full" and not found:
+        consider({**sharded, "strategy": "spectrum"}, "a quarter of the layers trained") or consider(
+            {**sharded, "strategy": "lora"}, "adapters instead of whole weights"
+        )
+    if name != "qlora" and not found:
+        consider({**sharded, "strategy": "qlora"}, "4-bit base with adapters") or consider(
+            {**best, "engine": "zero3", "strategy": "qlora"} if world > 1 else {}, "4-bit base, sharded"
+        )
+    length = config["train"]["max_length"]
+    while not found and length >= 512:
+        length //= 2
+        consider({**sharded, "train.max_length": length}, "shorter sequences")
+    if len(found) < 2:
+        for changes in _more(config, world):
+            extra = {} if config["engine"]["name"].startswith("zero3") else {"engine": "zero3"}
+            if consider(changes, "more devices") or consider({**best, **extra, **changes}, "more devices, sharded"):
+                break
+    return found
+
+
+def _more(config: dict[str, Any], world: int) -> Iterator[dict[str, Any]]:
+    devices = world
+    while devices < 64:
+        devices *= 2
+        yield scaled(config, world, devices)
+
+
+def scaled(config: dict[str, Any], world: int, devices: int) -> dict[str, Any]:
+    """Changes for `devices` devices: full nodes, and the same global batch as far as it divides."""
+    nodes = math.ceil(devices / NODE)
+    changes: dict[str, Any] = {"cluster.processes": devices // nodes}
+    if nodes > 1 or config["cluster"]["nodes"] > 1:
+        changes["cluster.nodes"] = nodes
+    if config["engine"]["name"] == "single" and devices > 1:
+        changes["engine"] = "ddp"
+    train = config["train"]
+    rows = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] * world
+    micro = train["per_device_train_batch_size"]
+    while micro > 1 and rows % (micro * devices):
+        micro -= 1
+    changes["train.per_device_train_batch_size"] = micro
+    changes["train.gradient_accumulation_steps"] = max(rows // (micro * devices), 1)
+    return changes
+
+
+def largest_percent(config: dict[str, Any], plan: Planner, others: dict[str, Any]) -> int | None:
+    """The largest whole Spectrum percentage that fits, None if not even one does."""
+    low, high = 0, 100
+    while low < high:
+        middle = (low + high + 1) // 2
+        made = _try(plan, config, {**others, "strategy.top_percent": middle})
+        if made is not None and made["fits"]:
+            low = middle
+        else:
+            high = middle - 1
+    return low or None
+
+
+def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], Plan] | None:
+    """The fastest configuration that fits on the same devices with the same global batch, or None.
+
+    Tried: every engine that shards, micro-batches that divide the rows of a rank, with and without recomputation; if
+    none fits, optimizer states in 8 bit, then in the host's memory.
+    """
+    train = config["train"]
+    rows = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]
+    sizes = [size for size in range(min(rows, 64), 0, -1) if rows % size == 0]
+    plain = [name for name in SHARDING if "offload" not in name] if world > 1 else ["single"]
+    rounds: list[tuple[list[str], dict[str, Any]]] = [(plain, {})]
+    if train["optim"] in ("adamw_torch", "adamw_torch_fused"):
+        rounds.append((plain, {"train.optim": "adamw_8bit"}))
+    rounds.append((["zero3_offload"], {}))
+    for engines, extra in rounds:
+        best: tuple[float, dict[str, Any], Plan] | None = None
+        for name in engines:
+            for recompute in (False, True):
+                for size in sizes:
+                    changes = {
+                        "engine": name,
+                        "train.per_device_train_batch_size": size,
+                        "train.gradient_accumulation_steps": rows // size,
+                        "train.gradient_checkpointing": recompute,
+                        **extra,
+                    }
+                    made = _try(plan, config, changes)
+                    if made is None or not _surely(made):
+                        continue
+                    if best is None or made["tokens_per_second"] > best[0]:
+                        best = made["tokens_per_second"], changes, made
+                    break  # smaller micro-batches of the same engine are not faster
+        if best:
+            return words(best[1]), best[2]
+    return None
+
+
+def sizes(config: dict[str, Any], plan: Planner, world: int, wanted: list[int]) -> list[Plan]:
+    """How the run scales: a row for each number of devices."""
+    rows = []
+    for devices in wanted:
+        changes = scaled(config, world, devices) if devices != world else {}
+        made = plan(changed(config, changes))
+        rows.append(
+            {
+                "devices": devices,
+                "nodes": made["nodes"],
+                "fits": made["fits"],
+                "device_peak_bytes": made["device_peak_bytes"],
+                "tokens_per_step": made["tokens_per_step"],
+                "tokens_per_second": made["tokens_per_second"],
+                "mfu": made["mfu"],
+                "seconds_per_step": made["seconds_per_step"],
+                "overrides": words(changes),
+            }
+        )
+    return rows
+
+
+# Architectures without a closed form
+
+
+def _sizes(shapes: Shapes) -> tuple[int, int, int]:
+    """Hidden size, layers, vocabulary: from config.json under their usual names, else from the shapes."""
+    config = shapes.config.get("text_config") or shapes.config
+    rows, columns = next(iter(shapes.architecture.embeddings.values()), (1, 1))
+    hidden = next((config[k] for k in ("hidden_size", "n_embd", "d_model") if isinstance(config.get(k), int)), columns)
+    layers = next(
+        (config[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(config.get(k), int)), 1
+    )
+    return hidden, layers, rows
+
+
+def _attention(implementation: str) -> str:
+    return "flash_attention" if implementation.startswith("flash") else implementation
+
+
+def _traced(case: Case, shapes: Shapes, trust_remote_code: bool) -> tuple[int, int]:
+    """Bytes that one micro-batch keeps and its peak, without the loss: traced once for a shape, then from a cache."""
+    facts = [
+        shapes.config, case.batch, case.length, case.dtype, case.checkpointing, case.attention, case.adapters,
+        sorted(h.name for h in case.held if h.trained) if not case.adapters else None,
+        version("transformers"), version("torch"),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    file = rundir.cache_root() / "activations" / f"{key}.json"
+    try:
+        kept, peak = json.loads(file.read_text(encoding="utf-8"))
+        return int(kept), int(peak)
+    except (OSError, ValueError):
+        pass
+    from ftdist.plan.trace import meta
+
+    trained = None if case.adapters else {h.name for h in case.held if h.trained}
+    kept, peak = meta(
+        shapes.config,
+        shapes.directory,
+        trust_remote_code,
+        batch=case.batch,
+        length=case.length,
+        dtype=case.dtype,
+        attention=case.attention,
+        recompute=case.checkpointing,
+        trained=trained,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rundir.write_json(file, [kept, peak])
+    return kept, peak
+
+
+__all__ = ["Held", "case_of", "context", "fit", "fixes", "forecast", "refuse_what_cannot_fit", "sizes", "target"]

@@ -1,0 +1,205 @@
+"""What the plan answers: for every hardware and recipe, without torch, and in one line where something is wrong."""
+
+import re
+import subprocess
+import sys
+from importlib import resources
+
+import pytest
+
+from ftdist import job
+from ftdist.compose import choices, compose
+from ftdist.errors import UserError
+from ftdist.forecast import refuse_what_cannot_fit
+from ftdist.plan.states import checkpoint_bytes
+from ftdist.plan.text import render, scaling
+
+CARDS = set(choices("hardware")) - {"auto", "default", "cpu"}
+RECIPES = sorted(set(choices("experiment")) - {"quickstart"})
+
+
+def planned(*words):
+    (config,) = compose("plan", ["data.path=demo", *words])
+    job.decide(config)
+    return config, dict(job.plan(config))
+
+
+def test_every_figure_of_the_hardware_table_has_its_source():
+    folder = resources.files("ftdist.conf") / "hardware"
+    for file in folder.iterdir():
+        if file.name.endswith(".yaml"):
+            for line in file.read_text().splitlines()[1:]:
+                if re.match(r"\s*\w+: [\d.]+", line):
+                    assert re.search(r"# .{4,}", line), f"{file.name}: {line}"
+
+
+@pytest.mark.parametrize("card", sorted(CARDS))
+def test_every_card_gives_a_plan(card):
+    _, plan = planned("experiment=llama31_8b_qlora", f"hardware={card}")
+    assert plan["precision"] == "bfloat16" and plan["fits"] is True
+    assert plan["hardware"]["name"] == card
+    assert 0 < plan["mfu"] < 1 and plan["tokens_per_second"] > 0
+    assert f"of {plan['hardware']['memory'] / 1e9:.3g} GB, {card}: fits" in render(plan)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_fits_an_80_gb_card(recipe):
+    _, plan = planned(f"experiment={recipe}", "hardware=h100")
+    assert plan["fits"] is True and plan["certain"]
+    assert plan["device_peak_bytes"] == max(sum(kinds.values()) for kinds in plan["phases"].values())
+    assert {"load", "forward", "backward", "step", "evaluation", "save", "resume"} <= set(plan["phases"])
+    assert plan["states"]["optimizer"] >= 8 * plan["trainable_parameters"] // (plan["processes"] * plan["nodes"])
+
+
+def test_a_plan_imports_no_torch(tmp_path):
+    words = ["plan", "experiment=llama31_70b_spectrum_nodes", "data.path=demo", "hardware=a100_40gb", "cluster.nodes=1"]
+    code = (
+        "import sys; from ftdist.cli import main; status = main(sys.argv[1:]); "
+        "sys.exit(status or 'torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "DOES NOT FIT" in done.stdout and "fits with" in done.stdout
+
+
+def test_zero3_shards_are_an_eighth():
+    _, one = planned("model=llama31_8b", "engine=zero3", "hardware=h100", "cluster.processes=1")
+    _, eight = planned("model=llama31_8b", "engine=zero3", "hardware=h100", "cluster.processes=8")
+    total = 8_030_261_248
+    assert one["states"]["optimizer"] == 12 * total + 4 * 9  # master weights, two moments, a counter a sub-group
+    assert abs(eight["states"]["optimizer"] - 12 * total / 8) < 1000
+    assert eight["device_peak_bytes"] < one["device_peak_bytes"] / 4
+
+
+def test_fit_keeps_the_global_batch_and_is_the_fastest_that_fits():
+    config, _ = planned("experiment=llama31_8b_full_zero3", "hardware=a100_40gb")
+    found = job.fitted(config)
+    assert found["fits"] is True and found["tokens_per_step"] == 65_536
+    _, pasted = planned("experiment=llama31_8b_full_zero3", "hardware=a100_40gb", *found["overrides"])
+    assert pasted["device_peak_bytes"] == found["device_peak_bytes"]
+    assert pasted["tokens_per_second"] == found["tokens_per_second"]
+
+
+def test_fit_says_when_nothing_fits():
+    config, _ = planned("model=llama31_70b", "strategy=full", "engine=ddp", "hardware=l4", "hardware.host_memory=1e9")
+    with pytest.raises(UserError, match="--fit: nothing fits 1 of hardware=l4"):
+        job.fitted(config)
+
+
+def test_sizes():
+    config, _ = planned("experiment=llama31_8b_full_zero3", "hardware=h100")
+    rows = job.scaling(config, [8, 16, 64])
+    assert [row["devices"] for row in rows] == [8, 16, 64]
+    assert [row["nodes"] for row in rows] == [1, 2, 8]
+    assert rows[0]["tokens_per_step"] == rows[1]["tokens_per_step"]  # 32 rows over 16 devices
+    assert rows[0]["device_peak_bytes"] > rows[1]["device_peak_bytes"] > rows[2]["device_peak_bytes"]
+    assert len(scaling(rows).splitlines()) == 4
+
+
+def test_the_largest_percentage_fits_and_the_next_does_not():
+    words = ("experiment=llama31_8b_spectrum25_zero3", "hardware=l4", "cluster.processes=4")
+    _, plan = planned(*words)
+    percent = plan["largest_top_percent"]
+    assert 1 < percent < 100
+    assert planned(*words, f"strategy.top_percent={percent}")[1]["fits"] is True
+    assert planned(*words, f"strategy.top_percent={percent + 1}")[1]["fits"] is False
+
+
+def test_money_and_time():
+    _, plan = planned(
+        "experiment=llama31_8b_lora", "hardware=h100", "hardware.price_per_hour=2", "train.max_steps=1000"
+    )
+    assert plan["total_seconds"] == pytest.approx(1000 * plan["seconds_per_step"])
+    assert plan["cost"] == pytest.approx(plan["total_seconds"] / 3600 * 2, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("hardware=h101", "did you mean h100?"),
+        ("hardware.memory=-1", "hardware.memory=-1: should be greater than 0"),
+        ("hardware.link=nvlink9", "hardware.link=nvlink9"),
+        ("hardware.prise=1", "did you mean hardware.price_per_hour?"),
+        ("must_fit=perhaps", "must_fit=perhaps"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(word, says):
+    with pytest.raises(UserError) as failure:
+        planned("model=llama31_8b", "hardware=h100", word)
+    assert says in str(failure.value) or word.startswith("hardware.prise")
+    assert "\n" not in str(failure.value)
+
+
+def test_the_refusal_names_the_need_the_limit_and_a_fix(capsys):
+    _, plan = planned("model=llama31_8b", "engine=zero3", "hardware=l4", "cluster.processes=4")
+    assert plan["fits"] is False
+    with pytest.raises(UserError, match=r"GB of device memory needed at the peak, .*this fits: .*must_fit=false"):
+        refuse_what_cannot_fit(plan, must_fit=True)
+    refuse_what_cannot_fit(plan, must_fit=False)
+    refuse_what_cannot_fit(plan | {"certain": False}, must_fit=True)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("warning: the run does not fit") and "within the plan's error" in said[1]
+
+
+def test_checkpoint_bytes():
+    full = {"parameters": 10, "trained": 10, "weight_bytes": 2, "state_bytes": 60}
+    assert checkpoint_bytes(**full, stage=3, world=2, adapters=False) == 20 + 120
+    assert checkpoint_bytes(**full, stage=0, world=2, adapters=False) == 20 + 60
+    adapters = full | {"trained": 1}
+    assert checkpoint_bytes(**adapters, stage=0, world=1, adapters=True) == 2 + 60
+
+
+def test_an_unknown_class_is_traced_once_and_has_a_band(config_directory, monkeypatch):
+    from ftdist.plan import trace
+
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
+    directory = config_directory({"model_type": "olmo2", **sizes, "num_attention_heads": 4, "num_key_value_heads": 4})
+    words = (f"model.path={directory}", "hardware=h100", "train.max_length=128")
+    _, plan = planned(*words)
+    assert any("no closed form" in note for note in plan["notes"])
+    assert plan["phases"]["backward"]["activations"] > 0
+    monkeypatch.setattr(trace, "meta", None)  # now the cache must do
+    assert planned(*words)[1]["phases"] == plan["phases"]
+
+
+def test_tracing_is_within_its_band_of_the_closed_form():
+    from ftdist.plan.activations import Setting, Trained, activations, family
+    from ftdist.plan.trace import meta
+
+    config = {
+        "model_type": "llama", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 4,
+    }  # fmt: skip
+    kept, peak = meta(
+        config, None, False, batch=2, length=64, dtype="bfloat16", attention="sdpa", recompute=False, trained=None
+    )
+    names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    names += ["input_layernorm", "post_attention_layernorm"]
+    layer = Trained(frozenset(f"{name}.weight" for name in names), frozenset(), ())
+    said = activations(
+        family(config), [layer] * 3, Setting(2, False, 2, 2, 2, 0.0, 1), batch=2, length=64, supervised=0,
+        attention="sdpa", packed=False, checkpointing=False, embeddings_trained=True, input_gradients=False,
+        final_norm_trained=True, trained_head=False, head_weight=2, tied=False, fused=True,
+    )  # fmt: skip
+    assert kept == pytest.approx(said.kept, rel=0.3)
+    assert peak == pytest.approx(said.backward, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("facts", "name", "memory"),
+    [
+        (("NVIDIA H100 80GB HBM3", 85_520_809_984, 9.0), "h100", 85_520_809_984),
+        (("NVIDIA A100-SXM4-40GB", 42_949_672_960, 8.0), "a100_40gb", 42_949_672_960),
+        (("NVIDIA L40S", 48_305_799_168, 8.9), "l40s", 48_305_799_168),
+        (("NVIDIA L4", 24_152_899_584, 8.9), "l4", 24_152_899_584),
+        (("Another card", 8_000_000_000, 7.5), "Another card", 8_000_000_000),
+        (("GPU", 0, 0.0), "GPU", None),
+        (None, "cpu", 7),
+    ],
+)
+def test_a_machine_is_what_it_says_it_is(facts, name, memory):
+    from ftdist.plan.hardware import hardware
+
+    (config,) = compose("plan", ["data.path=demo", "hardware.memory=7" if facts is None else "seed=1"])
+    made = hardware(**config["hardware"], here=True, world=1, cores=2, ask=lambda: facts)
+    assert (made.name, made.memory, made.gpu) == (name, memory, facts is not None)
