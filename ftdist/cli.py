@@ -18,6 +18,7 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   resume RUN [overrides]     go on from the newest valid checkpoint, on more or fewer processes if wanted
   scan  [overrides]          signal-to-noise ratio of every weight matrix (Spectrum)
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
+  export RUN [export.key=value]  a plain Hugging Face directory, merged and checked against what was trained
   ls    [GROUP]              config groups, or the choices in one
   doctor                     what this machine can do; --fault-drill [--kills N] [overrides]: a run killed N times
                              ends as an untouched one
@@ -161,23 +162,19 @@ def scan(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Evaluate a finished run again, with other settings if wanted."""
-    from ftdist import rundir
-    from ftdist.evaluate import evaluate, settings
+    from ftdist import compose, rundir
+    from ftdist import evaluate as evaluation
 
-    if not argv or "=" in argv[0]:
-        raise UserError("eval: which run? ftdist eval RUN [eval.samples=200]")
-    run_dir = Path(argv[0]).expanduser().absolute()
-    wanted = dict(rundir.read_config(run_dir)["eval"])
-    for word in argv[1:]:
-        key, _, value = word.partition("=")
-        name = key.removeprefix("eval.")
-        if name not in wanted:
-            raise UserError(f"{key}: no such key; {schema.nearest(name, list(wanted), 'eval.')}")
-        wanted[name] = value
-    schema.check("eval", wanted, settings)
-    if int(wanted["samples"]) == 0:
+    directory = _run_directory("eval", argv)
+    if evaluation.is_exported(directory):
+        frozen, defaults = {}, compose.compose("eval", [])[0]
+    else:
+        frozen, defaults = rundir.read_config(directory)["eval"], None
+    wanted = compose.group("eval", "eval", argv[1:], frozen)
+    evaluation.check(wanted)
+    if wanted["samples"] == 0:
         raise UserError("eval.samples=0: nothing to evaluate; set eval.samples=200")
-    evaluate(run_dir, wanted)
+    evaluation.evaluate(directory, wanted, defaults)
     return OK
 
 
@@ -199,6 +196,26 @@ def doctor(argv: list[str]) -> int:
     for subject, found in doctor.findings():
         print(f"{subject:<14}{found}")
     return OK
+
+
+def export(argv: list[str]) -> int:
+    """Write a finished run as a plain model directory and check it."""
+    from ftdist import compose, rundir
+    from ftdist.export import export, summary
+
+    run_dir = _run_directory("export", argv)
+    wanted = compose.group("export", "export", argv[1:], rundir.read_config(run_dir).get("export", {}))
+    schema.check("export", wanted, export)
+    directory = export(run_dir, **wanted)
+    print("\n".join(summary(directory)))
+    print(f"model: {directory}")
+    return OK
+
+
+def _run_directory(verb: str, argv: list[str]) -> Path:
+    if not argv or "=" in argv[0] or argv[0].startswith("-"):
+        raise UserError(f"{verb}: which run? ftdist {verb} RUN [{verb}.KEY=VALUE]")
+    return Path(argv[0]).expanduser().absolute()
 
 
 def ls(argv: list[str]) -> int:
@@ -257,6 +274,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "scan": scan,
     "eval": evaluate,
     "doctor": doctor,
+    "export": export,
     "ls": ls,
     "completion": completion,
 }

@@ -9,15 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ftdist import base as bases
 from ftdist import checkpoint, health, launcher, lease, models, page, rundir, schema, stops, tracking, trainkeys
+from ftdist import evaluate as evaluation
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
-from ftdist.evaluate import evaluate, settings
+from ftdist.export import export
 from ftdist.plan import Plan
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "eval", "tracking", "checkpoint", "health")
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "eval", "export", "tracking", "checkpoint",
+          "health")  # fmt: skip
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
 BF16_CAPABILITY = 8.0  # Ampere, the first GPUs with bfloat16
@@ -27,6 +30,7 @@ FILES = {
     "plan.json": "this plan",
     "accelerate.yaml": "how the processes start",
     "env.json": "versions, commit, machine",
+    "base.json": "hash of every weight file of the base",
     "metrics.jsonl": "a line for each logged step",
     "checkpoints/": "committed states to go on from",
     "events.jsonl": "starts, checkpoints, stops, faults",
@@ -57,10 +61,11 @@ def check(config: dict[str, Any]) -> None:
     schema.check("model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype"))
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
     schema.check("task", config["task"], _task)
-    schema.check("eval", config["eval"], settings)
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
     stops.Limit(config["train_until"])
+    evaluation.check(config["eval"])
+    schema.check("export", config["export"], export)
     schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
     engine = launcher.engine_function(config["engine"].get("name"))
     schema.check("engine", config["engine"], engine)
@@ -275,6 +280,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
+    rundir.write_json(run_dir / bases.FILE, bases.fingerprint(model["path"]))
     rundir.write_json(run_dir / "env.json", rundir.environment())
     rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
     write_engine(config, run_dir)
@@ -295,7 +301,7 @@ def finish(run_dir: Path) -> None:
     """What follows training: the evaluation, if rows were asked for, and the run's page."""
     wanted = rundir.read_config(run_dir)["eval"]
     if wanted["samples"]:
-        evaluate(run_dir, wanted)
+        evaluation.evaluate(run_dir, wanted)
     page.write(run_dir)
 
 

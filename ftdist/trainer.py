@@ -222,6 +222,16 @@ class TokenTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, V) of sequences of one length, through the engine. Every rank must call."""
+        model = self.model_wrapped
+        model.eval()
+        ids = input_ids.to(self.args.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        with self.compute_loss_context_manager():
+            return self._forward(model, ids, positions)
+
     # Health: asked before torch's optimizer changes anything; DeepSpeed calls it inside the last backward
 
     def create_optimizer(self, model: Any = None) -> Any:

@@ -34,7 +34,7 @@ def train(run_dir: Path) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ftdist import keeper, models, tracking
+    from ftdist import keeper, models, parity, tracking
     from ftdist.health import Health
     from ftdist.plan.shapes import model_shapes
     from ftdist.ranks import Ranks
@@ -108,6 +108,7 @@ def train(run_dir: Path) -> int:
     keep.close()
     watch.pause()
     if keep.stopping is None:
+        parity.record(trainer, run_dir, main)
         if plan["stage"] == 3:
             engine: Any = trainer.model_wrapped
             engine.empty_partition_cache()  # the last evaluation may have left prefetches in flight
