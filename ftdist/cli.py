@@ -19,6 +19,7 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   scan  [overrides]          signal-to-noise ratio of every weight matrix (Spectrum)
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
   export RUN [export.key=value]  a plain Hugging Face directory, merged and checked against what was trained
+  report RUN… [--output FILE]  one self-contained page for a run, or one that compares several
   ls    [GROUP]              config groups, or the choices in one
   doctor                     what this machine can do; --fault-drill [--kills N] [overrides]: a run killed N times
                              ends as an untouched one
@@ -119,7 +120,7 @@ def data(argv: list[str]) -> int:
     """Prepare the data, tell where it is and what is in it."""
     from ftdist import compose, job, models
 
-    argv, count = _option(argv, "--show")
+    argv, count = _option(argv, "--show", "how many? --show 5")
     if count is not None and not count.isdigit():
         raise UserError(f"--show={count}: how many rows? --show 5")
     for config in compose.compose("data", argv):
@@ -212,6 +213,21 @@ def export(argv: list[str]) -> int:
     return OK
 
 
+def report(argv: list[str]) -> int:
+    """One page for a run, or one that compares several."""
+    from ftdist.report import write
+
+    argv, output = _option(argv, "--output", "which file? --output report.html")
+    for word in argv:
+        if word.startswith("-") or not Path(word).expanduser().is_dir():
+            raise UserError(f"{word}: no such directory; ftdist report RUN… [--output FILE]")
+    if not argv:
+        raise UserError("report: which run? ftdist report RUN…")
+    runs = [Path(word).expanduser().absolute() for word in argv]
+    print(f"report: {write(runs, Path(output).expanduser().absolute() if output else None)}")
+    return OK
+
+
 def _run_directory(verb: str, argv: list[str]) -> Path:
     if not argv or "=" in argv[0] or argv[0].startswith("-"):
         raise UserError(f"{verb}: which run? ftdist {verb} RUN [{verb}.KEY=VALUE]")
@@ -254,7 +270,7 @@ def completion(argv: list[str]) -> int:
     return OK
 
 
-def _option(argv: list[str], name: str) -> tuple[list[str], str | None]:
+def _option(argv: list[str], name: str, ask: str) -> tuple[list[str], str | None]:
     """`argv` without `--name VALUE` (or `--name=VALUE`), and the value."""
     for i, word in enumerate(argv):
         if word == name and i + 1 < len(argv):
@@ -262,7 +278,7 @@ def _option(argv: list[str], name: str) -> tuple[list[str], str | None]:
         if word.startswith(f"{name}="):
             return argv[:i] + argv[i + 1 :], word.partition("=")[2]
     if name in argv:
-        raise UserError(f"{name}: how many? {name} 5")
+        raise UserError(f"{name}: {ask}")
     return argv, None
 
 
@@ -275,6 +291,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "doctor": doctor,
     "export": export,
+    "report": report,
     "ls": ls,
     "completion": completion,
 }

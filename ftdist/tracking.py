@@ -120,7 +120,8 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
                 self._say(f"step {step}: held-out loss {logs['eval_loss']:.4f}, "
                           f"perplexity {logs['eval_perplexity']:.4g}", keep=True)  # fmt: skip
             elif "loss" in logs:
-                self._record({"step": step, **{k: logs.get(k) for k in COLUMNS}, "epoch": logs.get("epoch")})
+                row = {"step": step, **{k: logs.get(k) for k in COLUMNS}, "epoch": logs.get("epoch")}
+                self._record({**row, "memory_gib": round(memory_gib(), 4)})
                 self._say(self._line(step, state.max_steps, logs), keep=step >= state.max_steps)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
