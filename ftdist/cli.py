@@ -19,6 +19,7 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   scan  [overrides]          signal-to-noise ratio of every weight matrix (Spectrum)
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
   export RUN [export.key=value]  a plain Hugging Face directory, merged and checked against what was trained
+  chat  RUN [chat.key=value] talk to base and tuned next to each other
   report RUN… [--output FILE]  one self-contained page for a run, or one that compares several
   ls    [GROUP]              config groups, or the choices in one
   doctor                     what this machine can do; --fault-drill [--kills N] [overrides]: a run killed N times
@@ -120,7 +121,7 @@ def data(argv: list[str]) -> int:
     """Prepare the data, tell where it is and what is in it."""
     from ftdist import compose, job, models
 
-    argv, count = _option(argv, "--show", "how many? --show 5")
+    argv, count = _option(argv, "--show")
     if count is not None and not count.isdigit():
         raise UserError(f"--show={count}: how many rows? --show 5")
     for config in compose.compose("data", argv):
@@ -213,6 +214,17 @@ def export(argv: list[str]) -> int:
     return OK
 
 
+def chat(argv: list[str]) -> int:
+    """Talk to base and tuned of a finished run."""
+    from ftdist import chat, compose, rundir
+
+    run_dir = _run_directory("chat", argv)
+    wanted = compose.group("chat", "chat", argv[1:], rundir.read_config(run_dir).get("chat", {}))
+    schema.check("chat", wanted, chat.settings)
+    chat.chat(run_dir, **wanted)
+    return OK
+
+
 def report(argv: list[str]) -> int:
     """One page for a run, or one that compares several."""
     from ftdist.report import write
@@ -270,7 +282,7 @@ def completion(argv: list[str]) -> int:
     return OK
 
 
-def _option(argv: list[str], name: str, ask: str) -> tuple[list[str], str | None]:
+def _option(argv: list[str], name: str, ask: str | None = None) -> tuple[list[str], str | None]:
     """`argv` without `--name VALUE` (or `--name=VALUE`), and the value."""
     for i, word in enumerate(argv):
         if word == name and i + 1 < len(argv):
@@ -278,7 +290,7 @@ def _option(argv: list[str], name: str, ask: str) -> tuple[list[str], str | None
         if word.startswith(f"{name}="):
             return argv[:i] + argv[i + 1 :], word.partition("=")[2]
     if name in argv:
-        raise UserError(f"{name}: {ask}")
+        raise UserError(f"{name}: {ask or f'how many? {name} 5'}")
     return argv, None
 
 
@@ -291,6 +303,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "doctor": doctor,
     "export": export,
+    "chat": chat,
     "report": report,
     "ls": ls,
     "completion": completion,

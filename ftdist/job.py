@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ftdist import base as bases
-from ftdist import checkpoint, health, launcher, lease, models, page, rundir, schema, stops, tracking, trainkeys
+from ftdist import chat, checkpoint, health, launcher, lease, models, page, rundir, schema, stops, tracking, trainkeys
 from ftdist import evaluate as evaluation
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
@@ -19,8 +19,8 @@ from ftdist.plan import Plan
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "eval", "export", "tracking", "checkpoint",
-          "health")  # fmt: skip
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "eval", "export", "chat", "tracking",
+          "checkpoint", "health")  # fmt: skip
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
 BF16_CAPABILITY = 8.0  # Ampere, the first GPUs with bfloat16
@@ -66,6 +66,7 @@ def check(config: dict[str, Any]) -> None:
     stops.Limit(config["train_until"])
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
+    schema.check("chat", config["chat"], chat.settings)
     schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
     engine = launcher.engine_function(config["engine"].get("name"))
     schema.check("engine", config["engine"], engine)

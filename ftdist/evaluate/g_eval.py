@@ -25,7 +25,7 @@ from ftdist import rundir
 from ftdist.errors import Failed, UserError
 from ftdist.evaluate.generate import progress
 
-IN_A_ROW = 8  # failures without a success between them: the judge is down
+IN_A_ROW = 3  # answers that stayed away after all tries, one after another: the judge is down
 LONGEST_WAIT = 30.0  # seconds between two tries
 STEPS_TOKENS = 512
 TOP = 20  # token probabilities asked for: the most that the API gives

@@ -132,7 +132,7 @@ def _words(run: Run) -> str:
                 low, high = (tables.number(name, d[end]) for end in ("low", "high"))
                 sure = f"95 % interval of the difference {low} to {high}"
                 clear = d["low"] > 0 or d["high"] < 0
-                sure += "" if clear else ", which includes none at all"
+                sure += "" if clear else ", so none is shown"
             better = "better" if d["difference"] > 0 else "worse" if d["difference"] < 0 else "the same"
             said.append(
                 f"On {tuned['rows']} held-out prompts the tuned model is {better} by {name.replace('_', ' ')}: "

@@ -99,6 +99,7 @@ def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, la
             mark = "o" if len(x) < 3 or title == "held out" else None
             axes.plot(x, y, color=palette.line(number), label=_cut(title), marker=mark, markersize=3.5, linewidth=1.4)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=7, labelcolor=palette.ink)
@@ -177,6 +178,7 @@ def _time_line(found: dict[str, Plot], run: Run) -> None:
             axes.plot(x, y, linestyle="", marker=mark, markersize=size, color=palette.line(colour), label=_cut(kind))
         axes.set_xlabel(f"{name} since the first start")
         axes.set_ylabel("step")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=7, labelcolor=palette.ink)
 
     words = ", ".join(f"{e.get('event')} at step {e.get('step')}" for e in events[:40])

@@ -78,9 +78,7 @@ class Browser:
             e["params"] for e in self.events
             if e.get("method") == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "warning")
         ]  # fmt: skip
-        asked = [
-            e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"
-        ]
+        asked = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
         return errors, [url for url in asked if url != address and not url.startswith("data:")]
 
     def value(self, expression):
