@@ -10,7 +10,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ftdist import base as bases
-from ftdist import chat, checkpoint, health, launcher, lease, models, page, rundir, schema, stops, tracking, trainkeys
+from ftdist import (
+    chat,
+    checkpoint,
+    health,
+    launcher,
+    lease,
+    models,
+    page,
+    report,
+    rundir,
+    schema,
+    stops,
+    tracking,
+    trainkeys,
+)
 from ftdist import evaluate as evaluation
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
@@ -300,9 +314,12 @@ def write_engine(config: dict[str, Any], run_dir: Path) -> None:
 
 def finish(run_dir: Path) -> None:
     """What follows training: the evaluation, if rows were asked for, and the run's page."""
-    wanted = rundir.read_config(run_dir)["eval"]
-    if wanted["samples"]:
-        evaluation.evaluate(run_dir, wanted)
+    config = rundir.read_config(run_dir)
+    if config["eval"]["samples"]:
+        evaluation.evaluate(run_dir, config["eval"])
+        if config["tracking"]["name"] == "wandb":
+            report.write([run_dir])
+            tracking.results(run_dir, config, run_dir / "plots")
     page.write(run_dir)
 
 

@@ -48,18 +48,46 @@ def wandb_run(
     job_type: str | None,
     tags: list[str],
 ) -> tuple[Log, Callable[[], None]]:
-    """A W&B run of its own client: online when logged in, else offline in the run directory.
-
-    The id was made with the run directory, so that a run is one run however often it is started.
-    """
+    """A W&B run of its own client: online when logged in, else offline in the run directory."""
     assert name == "wandb"
+    run = _opened(run_dir, config, project, entity, group, job_type, tags)
+    return (lambda metrics, step: run.log(metrics, step=step)), (lambda: run.finish())
+
+
+def results(run_dir: Path, config: dict[str, Any], pictures: Path) -> None:
+    """The evaluation's numbers, its samples as a table, and the page's plots, into the W&B run of this run directory."""
+    import wandb
+
+    keys = ("project", "entity", "group", "job_type", "tags")
+    run = _opened(run_dir, config, *(config["tracking"][key] for key in keys))
+    metrics = json.loads((run_dir / "eval" / "metrics.json").read_text(encoding="utf-8"))
+    table = wandb.Table(columns=["metric", "base", "tuned", "difference", "low", "high", "wins", "ties", "losses"])
+    for name, value in metrics["tuned"].items():
+        difference = metrics["difference"].get(name, {})
+        rest = (difference.get(key) for key in ("difference", "low", "high", "wins", "ties", "losses"))
+        table.add_data(name, metrics["base"].get(name), value, *rest)
+    samples = wandb.Table(columns=["prompt", "reference", "base", "tuned"])
+    for line in (run_dir / "eval" / "samples.jsonl").open(encoding="utf-8"):
+        row = json.loads(line)
+        samples.add_data(*(row.get(key) for key in ("prompt", "reference", "base", "tuned")))
+    sides = {f"eval/{side}/{name}": value for side in ("base", "tuned") for name, value in metrics[side].items()}
+    plots = {f"plots/{file.stem}": wandb.Image(str(file)) for file in sorted(pictures.glob("*.png"))}
+    run.log({k: v for k, v in sides.items() if v is not None} | {"eval/table": table, "eval/samples": samples} | plots)
+    run.finish()
+
+
+def _opened(
+    run_dir: Path, config: dict[str, Any], project: str, entity: str | None, group: str | None, job_type: str | None,
+    tags: list[str],
+) -> Any:  # fmt: skip
+    """The id was made with the run directory, so that a run is one run however often it is started."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own telemetry, which calls home even when offline
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE")
     if not mode:
         mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-    run = wandb.init(
+    return wandb.init(
         project=project,
         entity=entity,
         group=group,
@@ -73,7 +101,6 @@ def wandb_run(
         mode=mode,
         settings=wandb.Settings(console="off", silent=True),
     )
-    return (lambda metrics, step: run.log(metrics, step=step)), (lambda: run.finish())
 
 
 def forget_after(run_dir: Path, step: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from ftdist.evaluate import tables
 from ftdist.report import gather
 from ftdist.report.gather import Run
-from ftdist.report.plots import SERIES
+from ftdist.report.plots import MARKS, SERIES
 
 DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#ff7b72", "#d29922", "#39c5cf", "#f778ba")
 LONG = 1500  # characters of an answer that are shown
@@ -132,7 +132,7 @@ def _words(run: Run) -> str:
                 low, high = (tables.number(name, d[end]) for end in ("low", "high"))
                 sure = f"95 % interval of the difference {low} to {high}"
                 clear = d["low"] > 0 or d["high"] < 0
-                sure += "" if clear else ", so none is shown"
+                sure += "" if clear else ", so no difference is shown"
             better = "better" if d["difference"] > 0 else "worse" if d["difference"] < 0 else "the same"
             said.append(
                 f"On {tuned['rows']} held-out prompts the tuned model is {better} by {name.replace('_', ' ')}: "
@@ -150,9 +150,12 @@ def _words(run: Run) -> str:
         )
     if tuned.get("empty"):
         said.append(f"{tuned['empty']} answers are empty.")
-    bumps = [sum(e.get("event") == kind for e in run.events) for kind in ("resume", "fault")]
-    if any(bumps):
-        said.append(f"{bumps[0]} restarts, {bumps[1]} faults on the way.")
+    again = sum(event.get("event") == "resume" for event in run.events)
+    faults = [str(event.get("event")) for event in run.events if event.get("event") not in MARKS]
+    if again:
+        said.append(f"Went on from a checkpoint {again} time{'s' if again > 1 else ''}.")
+    if faults:
+        said.append(f"On the way: {', '.join(dict.fromkeys(faults))}.")
     return " ".join(said)
 
 

@@ -16,8 +16,10 @@ INK, GRID, SERIES = ("#1f2328", "#010203"), ("#d8dee4", "#010204"), [
     ("#0969da", "#010210"), ("#bc4c00", "#010211"), ("#1a7f37", "#010212"), ("#8250df", "#010213"),
     ("#cf222e", "#010214"), ("#9a6700", "#010215"), ("#1b7c83", "#010216"), ("#bf3989", "#010217"),
 ]  # fmt: skip
-MARKS = {"start": ("o", 0), "resume": ("^", 3), "checkpoint": ("|", 2), "stop": ("s", 5), "fault": ("X", 4),
-         "set-aside": ("D", 7), "finish": ("*", 0)}  # fmt: skip
+# Event → mark and colour; anything else is a fault of some kind.
+MARKS = {"start": ("o", 0), "resume": ("^", 3), "restart": ("^", 3), "checkpoint": ("|", 2), "stopped": ("s", 5),
+         "finished": ("*", 2)}  # fmt: skip
+FAULT = ("X", 4)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _time_line(found: dict[str, Plot], run: Run) -> None:
         placed = [((e["time"] - begin) / unit, e.get("step") or 0, str(e.get("event"))) for e in events]
         axes.plot([x for x, _, _ in placed], [y for _, y, _ in placed], color=palette.grid, linewidth=1.2, zorder=1)
         for kind in dict.fromkeys(kind for _, _, kind in placed):
-            mark, colour = MARKS.get(kind, ("P", 6))
+            mark, colour = MARKS.get(kind, FAULT)
             x, y = zip(*((x, y) for x, y, k in placed if k == kind), strict=True)
             size = 9 if mark == "|" else 6
             axes.plot(x, y, linestyle="", marker=mark, markersize=size, color=palette.line(colour), label=_cut(kind))
