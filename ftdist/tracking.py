@@ -55,7 +55,7 @@ def wandb_run(
 
 
 def results(run_dir: Path, config: dict[str, Any], pictures: Path) -> None:
-    """The evaluation's numbers, its samples as a table, and the page's plots, into the W&B run of this run directory."""
+    """The evaluation's numbers and samples as tables, and the page's plots, into the W&B run of this directory."""
     import wandb
 
     keys = ("project", "entity", "group", "job_type", "tags")

@@ -117,8 +117,8 @@ def test_bad_input_is_answered_in_one_line(run, evaluated, model, chat, tmp_path
     config = (gone / "config.yaml").read_text()
     (gone / "config.yaml").write_text(config.replace(str(model), "/models/that/was"))
     run("eval", gone, *words).refused("/models/that/was", "is gone", "eval.base=DIR")
-    judged = (*words, "eval.g_eval.criteria=good", "eval.g_eval.steps=look", "eval.g_eval.model=m", "eval.g_eval.retries=0",
-              "eval.g_eval.judge='http://127.0.0.1:9/v1'")  # fmt: skip
+    judge = {"criteria": "good", "steps": "look", "model": "m", "retries": 0, "judge": "'http://127.0.0.1:9/v1'"}
+    judged = (*words, *(f"eval.g_eval.{key}={value}" for key, value in judge.items()))
     down = run("eval", gone, *judged, f"eval.base={model}")
     assert down.status == 1 and down.stderr.splitlines()[-1].startswith(
         "ftdist: eval.g_eval.judge=http://127.0.0.1:9/v1"
@@ -141,9 +141,7 @@ def test_an_empty_generation_is_counted(evaluated, run, tmp_path):
     assert isinstance(end, int) or end
     save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
     data = tmp_path / "one.jsonl"
-    data.write_text(
-        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]})
-    )
+    data.write_text('{"question": "hi", "answer": "yes"}\n')
     finished = run("eval", exported, f"eval.data={data}", "eval.samples=1", "eval.max_new_tokens=3", "eval.show=0")
     assert finished.status == 0, finished
     metrics, _ = results(exported)

@@ -81,8 +81,8 @@ def test_in_a_real_browser(page, tmp_path):
             assert shown.value(
                 "[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 60)"
             )
-            over = "[...document.querySelectorAll('body > *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
-            assert shown.value(f"{over}.length") == 0, name
+            over = "filter(e => e.getBoundingClientRect().right > innerWidth + 1).length"
+            assert shown.value(f"[...document.querySelectorAll('body > *')].{over}") == 0, name
             paper = shown.value("getComputedStyle(document.body).backgroundColor")
             lines = shown.value("getComputedStyle(document.querySelector('svg text')).fill")
             assert (paper == "rgb(13, 17, 23)") == dark and lines not in ("", "none", paper), (paper, lines)
