@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ def run(model: Any, tokenizer: Any, tasks: list[str], batch_size: int) -> dict[s
     manager = TaskManager()
     try:
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        answer: Any = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager)
+        named = [str(Path(task).expanduser().absolute()) if task.endswith(".yaml") else task for task in tasks]
+        answer: Any = lm_eval.simple_evaluate(model=wrapped, tasks=named, task_manager=manager)
     except (KeyError, ValueError, ConnectionError, OSError) as failure:
         reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
         raise UserError(f"eval.lm_eval={tasks}: the harness cannot run them ({reason})")
@@ -35,7 +37,7 @@ def run(model: Any, tokenizer: Any, tasks: list[str], batch_size: int) -> dict[s
     for task, values in answer["results"].items():
         for name, value in values.items():
             metric, _, filtered = name.partition(",")
-            if isinstance(value, int | float) and not metric.endswith("_stderr"):
+            if isinstance(value, int | float) and not metric.endswith(("_stderr", "sample_len")):
                 key = f"{task}/{metric}" + ("" if filtered in ("", "none") else f"/{filtered}")
                 found[key] = Metric(np.zeros((0, 1)), partial(_always, float(value)), np.zeros(0))
     return found
