@@ -287,6 +287,8 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     if report["validation"] == 0:
         if config["eval"]["samples"]:
             raise UserError("eval.samples: no row is held out; set data.validation_share or data.validation")
+        if config["eval"]["during"]:
+            raise UserError("eval.during: no row is held out; set data.validation_share or data.validation")
         config["train"]["eval_strategy"] = "no"
         print("no row is held out: no held-out loss", flush=True)
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)

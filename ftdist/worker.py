@@ -35,6 +35,7 @@ def train(run_dir: Path) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ftdist import keeper, models, parity, tracking
+    from ftdist.evaluate.during import Examiner
     from ftdist.health import Health
     from ftdist.plan.shapes import model_shapes
     from ftdist.ranks import Ranks
@@ -91,6 +92,9 @@ def train(run_dir: Path) -> int:
             keeper=keep,
             health=Health(run_dir, main, **{key: config["health"][key] for key in schema.keys_of(Health.__init__)}),
         )
+    trainer.sharded = plan["stage"] == 3
+    if config["eval"]["during"]:
+        trainer.examiner = Examiner(data, config["eval"]["during"], tokenizer, config["seed"], config["eval"])
     if plan["stage"] and trainer.accelerator.distributed_type.value != "DEEPSPEED":
         raise RuntimeError("the launcher's environment keeps DeepSpeed out (unset ACCELERATE_USE_CPU)")
 

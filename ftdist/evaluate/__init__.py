@@ -21,6 +21,7 @@ LONGEST = 4096  # tokens of a row of the user's own evaluation data that count, 
 def settings(
     *,
     samples: Annotated[int, Field(ge=0)],
+    during: Annotated[int, Field(ge=0)],
     data: str | list[str] | None,
     base: str | None,
     max_new_tokens: Annotated[int, Field(ge=1)],

@@ -32,7 +32,9 @@ def of_run(run: Run, svgs: dict[str, str]) -> str:
         _section("Evaluation", _evaluation(run), _plots(svgs, ("differences", "target_retention"))),
         _section("Answers", _samples(run)),
         _section(
-            "Training", _plots(svgs, ("loss", "learning_rate", "gradient_norm", "throughput", "memory")), _planned(run)
+            "Training",
+            _plots(svgs, ("loss", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
+            _planned(run),
         ),
         _section("Checkpoints, restarts, faults", _plots(svgs, ("time_line",)), _events(run)),
         _section("Spectrum", _selection(run)),

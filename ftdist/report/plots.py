@@ -58,6 +58,7 @@ def of_run(run: Run) -> dict[str, Plot]:
     _curve(found, curves, "gradient_norm", "grad_norm", "gradient norm")
     _curve(found, curves, "throughput", "tokens_per_second", "tokens/s, all ranks")
     _curve(found, curves, "memory", "memory_gib", "peak memory, rank 0 (GiB)")
+    _while_training(found, run)
     _differences(found, run)
     _trade(found, {run.name: run})
     _time_line(found, run)
@@ -108,6 +109,29 @@ def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, la
 
     ends = "; ".join(f"{title or label} from {y[0]:.4g} to {y[-1]:.4g}" for title, (_, y) in lines.items())
     found[name] = Plot(label, f"{label} over steps: {ends}", draw)
+
+
+def _while_training(found: dict[str, Plot], run: Run) -> None:
+    """What the ranks' answers to held-out rows were worth at every evaluation (eval.during)."""
+    lines = {}
+    for name in ("extracted_match", "exact_match", "rougeL"):
+        rows = [(row["step"], row[f"eval_{name}"]) for row in run.held_out if row.get(f"eval_{name}") is not None]
+        if rows:
+            lines[name] = rows
+    if not lines:
+        return
+
+    def draw(axes: Any, palette: Palette) -> None:
+        for number, (name, rows) in enumerate(lines.items()):
+            x, y = zip(*rows, strict=True)
+            axes.plot(x, y, color=palette.line(number), label=name, marker="o", markersize=3.5, linewidth=1.4)
+        axes.set_xlabel("step")
+        axes.set_ylabel("held-out answers")
+        axes.set_ylim(-0.03, 1.03)
+        axes.legend(frameon=False, fontsize=7, labelcolor=palette.ink)
+
+    words = "; ".join(f"{name} from {rows[0][1]:.3g} to {rows[-1][1]:.3g}" for name, rows in lines.items())
+    found["answers"] = Plot("answers while training", f"held-out answers over steps: {words}", draw)
 
 
 def _differences(found: dict[str, Plot], run: Run) -> None:
