@@ -91,7 +91,7 @@ def test_an_exported_model_on_other_data_with_an_overlap(evaluated, run, chat, m
 
 
 def test_answers_while_training_are_those_of_the_saved_model(run, small, tmp_path):
-    """Seven rows on two ranks of ZeRO-3 over a 4-bit base: one rank has a row less, sentences end at different tokens."""
+    """Seven rows on two ranks of ZeRO-3 over a 4-bit base: one rank has a row less, sentences end anywhere."""
     words = (*overrides("qlora", "zero3"), "train.eval_strategy=steps", "train.eval_steps=3", "eval.during=7",
              "eval.samples=7", "eval.batch_size=2", "eval.max_new_tokens=12", "eval.show=0")  # fmt: skip
     finished = run("train", *small, *words, f"run_dir={tmp_path / 'run'}")
@@ -142,19 +142,18 @@ def test_bad_input_is_answered_in_one_line(run, evaluated, model, chat, tmp_path
     assert results(gone)[0]["tuned"]["rows"] == 2  # the rest was written before the judge was asked
 
 
-def test_an_empty_generation_is_counted(evaluated, run, tmp_path):
+def test_an_empty_generation_is_counted(model, run, tmp_path):
     """A model that ends at once."""
     import torch
     from safetensors.torch import load_file, save_file
 
     exported = tmp_path / "model"
-    directory, _ = evaluated
-    assert run("export", directory, f"export.output={exported}", "export.parity=false").status == 0
+    shutil.copytree(model, exported)
     weights = load_file(exported / "model.safetensors")
-    end = json.loads((exported / "config.json").read_text())["eos_token_id"]
-    weights["lm_head.weight"] = torch.zeros_like(weights["lm_head.weight"])
-    weights["model.norm.weight"] = torch.zeros_like(weights["model.norm.weight"])
-    assert isinstance(end, int) or end
+    for name in ("lm_head.weight", "model.norm.weight"):
+        weights[name] = torch.zeros_like(
+            weights[name]
+        )  # every token is as likely, and the first one, padding, is taken
     save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
     data = tmp_path / "one.jsonl"
     data.write_text('{"question": "hi", "answer": "yes"}\n')
