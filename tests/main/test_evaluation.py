@@ -151,9 +151,7 @@ def test_an_empty_generation_is_counted(model, run, tmp_path):
     shutil.copytree(model, exported)
     weights = load_file(exported / "model.safetensors")
     for name in ("lm_head.weight", "model.norm.weight"):
-        weights[name] = torch.zeros_like(
-            weights[name]
-        )  # every token is as likely, and the first one, padding, is taken
+        weights[name] = torch.zeros_like(weights[name])  # all alike: the first, padding, is taken
     save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
     data = tmp_path / "one.jsonl"
     data.write_text('{"question": "hi", "answer": "yes"}\n')
