@@ -54,6 +54,8 @@ def export(
     target = Path(output).expanduser().absolute() if output else run_dir / "model"
     if target.exists() and not (target / RECORD).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"export.output={target}: holds other files already; choose another")
+    if parity:
+        _memory(run["plan"]["total_parameters"])
     base_dir = bases.found(run_dir, base or run["config"]["model"]["path"], "export.base") if is_adapter else None
     source = base_dir if base_dir is not None and merge else final
     partial = target.with_name(f".{target.name}.partial")
@@ -184,7 +186,6 @@ def _check(
         gc.collect()
         if engine is not None:
             compare("engine_to_saved", engine, as_trained, tolerance or parity.TOLERANCE[precision])
-    _memory(loader.parameters)
     model, _ = loader.load("tuned", quantised=False, dtype="float32")
     reference = parity.logits_of(model, ids)
     rounded = None

@@ -130,7 +130,7 @@ def finished(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir}: not finished (no final/ in it); let it finish first")
     found: dict[str, Any] = {"config": config}
     for name, file, keys in (
-        ("plan", "plan.json", ("prepared", "precision", "strategy", "trainable_parameters")),
+        ("plan", "plan.json", ("prepared", "precision", "strategy", "trainable_parameters", "total_parameters")),
         ("environment", "env.json", ("versions",)),
     ):
         try:

@@ -72,7 +72,10 @@ def results(run_dir: Path, config: dict[str, Any], pictures: Path) -> None:
         samples.add_data(*(row.get(key) for key in ("prompt", "reference", "base", "tuned")))
     sides = {f"eval/{side}/{name}": value for side in ("base", "tuned") for name, value in metrics[side].items()}
     plots = {f"plots/{file.stem}": wandb.Image(str(file)) for file in sorted(pictures.glob("*.png"))}
-    run.log({k: v for k, v in sides.items() if v is not None} | {"eval/table": table, "eval/samples": samples} | plots)
+    rows = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(rows[-1])["step"] if rows else 0  # W&B drops what comes with an earlier step
+    values = {name: value for name, value in sides.items() if value is not None}
+    run.log(values | {"eval/table": table, "eval/samples": samples} | plots, step=last)
     run.finish()
 
 

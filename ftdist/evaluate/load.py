@@ -24,7 +24,6 @@ class Loader:
         shapes = model_shapes(
             str(self.base_dir), None, revision=keys["revision"], trust_remote_code=keys["trust_remote_code"]
         )
-        self.parameters = shapes.total
         strategy = find(config["strategy"]["name"])
         asked = Base(shapes.architecture.parameters, plan["precision"], "uint8", measured=True)
         self.recipe = strategy(asked, **schema.pick(strategy, config["strategy"]))

@@ -6,6 +6,7 @@ import shutil
 
 import browser
 import pytest
+from test_tracking import records
 
 NASTY = '<script>alert("x")</script> & "quotes" سلام می‌روم'
 EVENTS = [
@@ -91,6 +92,25 @@ def test_in_a_real_browser(page, tmp_path):
         assert shown.pdf().startswith(b"%PDF")
     finally:
         shown.close()
+
+
+def test_wandb_gets_the_same_tables_and_plots(page, monkeypatch):
+    from ftdist import tracking
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    keys = {"project": "kitchen", "entity": None, "group": None, "job_type": None, "tags": []}
+    config = {"tracking": {"name": "wandb", **keys}, "task": {"name": "sft"}}
+    tracking.results(page.parent, config, page.parent / "plots")
+    (file,) = page.parent.glob("wandb/offline-run-*/*.wandb")
+    logged = {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for record in records(file)
+        if record.HasField("history")
+        for item in record.history.item
+    }
+    assert logged["eval/tuned/exact_match"] == 0.9 and logged["eval/samples.nrows"] == 2
+    assert logged["_step"] == 6  # the last one: W&B drops earlier steps
+    assert {"plots/loss.path", "plots/differences.path", "eval/table.path"} <= logged.keys()
 
 
 def test_several_runs_are_compared(run, cell, tmp_path):
