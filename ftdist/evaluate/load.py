@@ -34,11 +34,14 @@ class Loader:
 
         adapter = self.recipe.peft is not None
         whole = which == "tuned" and not adapter
+        attention = self.keys["attn_implementation"]
+        if attention not in ("eager", "sdpa") and (dtype == "float32" or not torch.cuda.is_available()):
+            attention = "eager"  # those kernels are for 16 bits on GPUs
         model = models.load(
             path=str(self.final if whole else self.base_dir),
             revision=None,
             dtype="auto",
-            attn_implementation=self.keys["attn_implementation"],
+            attn_implementation=attention,
             trust_remote_code=self.keys["trust_remote_code"],
             quantization=self.recipe.quantization if quantised else None,
             loaded_dtype=dtype,
