@@ -21,6 +21,9 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   resume RUN [overrides]     go on from the newest valid checkpoint, on more or fewer processes if wanted
   scan  [overrides]          signal-to-noise ratio of every weight matrix (Spectrum)
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
+  export RUN [export.key=value]  a plain Hugging Face directory, merged and checked against what was trained
+  chat  RUN [chat.key=value] talk to base and tuned next to each other
+  report RUN… [--output FILE]  one self-contained page for a run, or one that compares several
   ls    [GROUP]              config groups, or the choices in one
   doctor                     what this machine can do; --calibrate: measured, for plans; --fault-drill [--kills N]
                              [overrides]: a run killed N times ends as an untouched one
@@ -179,23 +182,19 @@ def scan(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Evaluate a finished run again, with other settings if wanted."""
-    from ftdist import rundir
-    from ftdist.evaluate import evaluate, settings
+    from ftdist import compose, rundir
+    from ftdist import evaluate as evaluation
 
-    if not argv or "=" in argv[0]:
-        raise UserError("eval: which run? ftdist eval RUN [eval.samples=200]")
-    run_dir = Path(argv[0]).expanduser().absolute()
-    wanted = dict(rundir.read_config(run_dir)["eval"])
-    for word in argv[1:]:
-        key, _, value = word.partition("=")
-        name = key.removeprefix("eval.")
-        if name not in wanted:
-            raise UserError(f"{key}: no such key; {schema.nearest(name, list(wanted), 'eval.')}")
-        wanted[name] = value
-    schema.check("eval", wanted, settings)
-    if int(wanted["samples"]) == 0:
+    directory = _run_directory("eval", argv)
+    if evaluation.is_exported(directory):
+        frozen, defaults = {}, compose.compose("eval", [])[0]
+    else:
+        frozen, defaults = rundir.read_config(directory)["eval"], None
+    wanted = compose.group("eval", "eval", argv[1:], frozen)
+    evaluation.check(wanted)
+    if wanted["samples"] == 0:
         raise UserError("eval.samples=0: nothing to evaluate; set eval.samples=200")
-    evaluate(run_dir, wanted)
+    evaluation.evaluate(directory, wanted, defaults)
     return OK
 
 
@@ -224,6 +223,52 @@ def doctor(argv: list[str]) -> int:
     for subject, found in doctor.findings():
         print(f"{subject:<14}{found}")
     return OK
+
+
+def export(argv: list[str]) -> int:
+    """Write a finished run as a plain model directory and check it."""
+    from ftdist import compose, rundir
+    from ftdist.export import export, summary
+
+    run_dir = _run_directory("export", argv)
+    wanted = compose.group("export", "export", argv[1:], rundir.read_config(run_dir).get("export", {}))
+    schema.check("export", wanted, export)
+    directory = export(run_dir, **wanted)
+    print("\n".join(summary(directory)))
+    print(f"model: {directory}")
+    return OK
+
+
+def chat(argv: list[str]) -> int:
+    """Talk to base and tuned of a finished run."""
+    from ftdist import chat, compose, rundir
+
+    run_dir = _run_directory("chat", argv)
+    wanted = compose.group("chat", "chat", argv[1:], rundir.read_config(run_dir).get("chat", {}))
+    schema.check("chat", wanted, chat.settings)
+    chat.chat(run_dir, **wanted)
+    return OK
+
+
+def report(argv: list[str]) -> int:
+    """One page for a run, or one that compares several."""
+    from ftdist.report import write
+
+    argv, output = _option(argv, "--output", "which file? --output report.html")
+    for word in argv:
+        if word.startswith("-") or not Path(word).expanduser().is_dir():
+            raise UserError(f"{word}: no such directory; ftdist report RUN… [--output FILE]")
+    if not argv:
+        raise UserError("report: which run? ftdist report RUN…")
+    runs = [Path(word).expanduser().absolute() for word in argv]
+    print(f"report: {write(runs, Path(output).expanduser().absolute() if output else None)}")
+    return OK
+
+
+def _run_directory(verb: str, argv: list[str]) -> Path:
+    if not argv or "=" in argv[0] or argv[0].startswith("-"):
+        raise UserError(f"{verb}: which run? ftdist {verb} RUN [{verb}.KEY=VALUE]")
+    return Path(argv[0]).expanduser().absolute()
 
 
 def ls(argv: list[str]) -> int:
@@ -262,7 +307,7 @@ def completion(argv: list[str]) -> int:
     return OK
 
 
-def _option(argv: list[str], name: str) -> tuple[list[str], str | None]:
+def _option(argv: list[str], name: str, ask: str | None = None) -> tuple[list[str], str | None]:
     """`argv` without `--name VALUE` (or `--name=VALUE`), and the value."""
     for i, word in enumerate(argv):
         if word == name and i + 1 < len(argv):
@@ -270,7 +315,7 @@ def _option(argv: list[str], name: str) -> tuple[list[str], str | None]:
         if word.startswith(f"{name}="):
             return argv[:i] + argv[i + 1 :], word.partition("=")[2]
     if name in argv:
-        raise UserError(f"{name}: how many? {name} 5")
+        raise UserError(f"{name}: {ask or f'how many? {name} 5'}")
     return argv, None
 
 
@@ -282,6 +327,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "scan": scan,
     "eval": evaluate,
     "doctor": doctor,
+    "export": export,
+    "chat": chat,
+    "report": report,
     "ls": ls,
     "completion": completion,
 }

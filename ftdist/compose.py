@@ -68,6 +68,32 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
     return configs
 
 
+def group(verb: str, name: str, argv: list[str], frozen: dict[str, Any]) -> dict[str, Any]:
+    """The group `name` of a run (`frozen`), changed by `argv`: keys of it, or another choice for the whole of it.
+
+    Keys that the run does not know, since it is of an earlier version, get their defaults.
+    """
+    for word in argv:
+        if word.startswith("-") or not re.match(rf"{name}(\.|=)", word):
+            raise UserError(f"{word}: {verb} takes a run and {name}.KEY=VALUE")
+    found: dict[str, Any] = compose(verb, argv)[0][name]
+    if not any(word.startswith(f"{name}=") for word in argv):
+        _overlay(found, frozen, name, {word.partition("=")[0] for word in argv})
+    return found
+
+
+def _overlay(values: dict[str, Any], frozen: dict[str, Any], prefix: str, kept: set[str]) -> None:
+    for key in values:
+        path = f"{prefix}.{key}"
+        if key not in frozen or path in kept:
+            continue
+        inner = any(word.startswith(f"{path}.") for word in kept)
+        if inner and isinstance(values[key], dict) and isinstance(frozen[key], dict):
+            _overlay(values[key], frozen[key], path, kept)
+        else:
+            values[key] = frozen[key]
+
+
 def complete(words: list[str]) -> list[str]:
     """What the last of `words` (those after the verb) may become: groups, choices and keys."""
     from hydra import initialize_config_module

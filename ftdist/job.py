@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ftdist import base as bases
 from ftdist import (
+    chat,
     checkpoint,
     forecast,
     health,
@@ -18,21 +20,23 @@ from ftdist import (
     lease,
     models,
     page,
+    report,
     rundir,
     schema,
     stops,
     tracking,
     trainkeys,
 )
+from ftdist import evaluate as evaluation
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
-from ftdist.evaluate import evaluate, settings
+from ftdist.export import export
 from ftdist.plan import Plan
 from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "eval", "tracking",
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "eval", "export", "chat", "tracking",
           "checkpoint", "health")  # fmt: skip
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
@@ -43,6 +47,7 @@ FILES = {
     "plan.json": "this plan",
     "accelerate.yaml": "how the processes start",
     "env.json": "versions, commit, machine",
+    "base.json": "hash of every weight file of the base",
     "metrics.jsonl": "a line for each logged step",
     "checkpoints/": "committed states to go on from",
     "events.jsonl": "starts, checkpoints, stops, faults",
@@ -74,10 +79,12 @@ def check(config: dict[str, Any]) -> None:
     schema.check("model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype"))
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
     schema.check("task", config["task"], _task)
-    schema.check("eval", config["eval"], settings)
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
     stops.Limit(config["train_until"])
+    evaluation.check(config["eval"])
+    schema.check("export", config["export"], export)
+    schema.check("chat", config["chat"], chat.settings)
     schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
     schema.check("hardware", config["hardware"], hardware, context=forecast.context())
     engine = launcher.engine_function(config["engine"].get("name"))
@@ -331,6 +338,8 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     if report["validation"] == 0:
         if config["eval"]["samples"]:
             raise UserError("eval.samples: no row is held out; set data.validation_share or data.validation")
+        if config["eval"]["during"]:
+            raise UserError("eval.during: no row is held out; set data.validation_share or data.validation")
         config["train"]["eval_strategy"] = "no"
         print("no row is held out: no held-out loss", flush=True)
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
@@ -339,6 +348,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
+    rundir.write_json(run_dir / bases.FILE, bases.fingerprint(model["path"]))
     rundir.write_json(run_dir / "env.json", rundir.environment())
     rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
     write_engine(config, run_dir)
@@ -357,10 +367,13 @@ def write_engine(config: dict[str, Any], run_dir: Path) -> None:
 
 def finish(run_dir: Path) -> None:
     """What follows training: the evaluation, if rows were asked for, and the run's page."""
-    wanted = rundir.read_config(run_dir)["eval"]
+    config = rundir.read_config(run_dir)
     measured(run_dir)
-    if wanted["samples"]:
-        evaluate(run_dir, wanted)
+    if config["eval"]["samples"]:
+        evaluation.evaluate(run_dir, config["eval"])
+        if config["tracking"]["name"] == "wandb":
+            report.write([run_dir])
+            tracking.results(run_dir, config, run_dir / "plots")
     page.write(run_dir)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist.data.report import words
+from ftdist.evaluate.tables import table
 from ftdist.plan.text import gigabytes, render, seconds
 
 
@@ -44,9 +45,7 @@ def _result(run_dir: Path) -> str:
     lines = [f"Finished: {', '.join(facts)}." if facts else "Finished."]
     metrics = run_dir / "eval" / "metrics.json"
     if metrics.is_file():
-        lines += ["", "| held out | exact match | loss | perplexity |", "|---|---|---|---|"]
-        for which, m in _read(metrics).items():
-            lines.append(f"| {which} | {m['exact_match']:.1%} | {m['loss']:.4f} | {m['perplexity']:.4g} |")
+        lines += ["", _block(table(_read(metrics)))]
     return "\n".join(lines)
 
 

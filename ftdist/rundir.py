@@ -121,6 +121,29 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return config
 
 
+def finished(run_dir: Path) -> dict[str, Any]:
+    """`config`, `plan` and `environment` of a finished run. UserError: no run, not finished, or of another version."""
+    from ftdist import __version__
+
+    config = read_config(run_dir)
+    if not (run_dir / "final").is_dir():
+        raise UserError(f"{run_dir}: not finished (no final/ in it); let it finish first")
+    found: dict[str, Any] = {"config": config}
+    for name, file, keys in (
+        ("plan", "plan.json", ("prepared", "precision", "strategy", "trainable_parameters", "total_parameters")),
+        ("environment", "env.json", ("versions",)),
+    ):
+        try:
+            found[name] = json.loads((run_dir / file).read_text(encoding="utf-8"))
+            lost = [key for key in keys if key not in found[name]]
+        except (OSError, ValueError) as failure:
+            raise UserError(f"{run_dir / file}: cannot be read ({failure}); the run directory is not whole")
+        if lost:
+            by = found.get("environment", {}).get("versions", {}).get("ftdist", "another version")
+            raise UserError(f"{run_dir}: made by ftdist {by}, which left no {lost[0]} in {file}; this is {__version__}")
+    return found
+
+
 def environment() -> dict[str, Any]:
     """Versions, commit, machine: what somebody needs who wants to run this again."""
     versions = {}

@@ -48,18 +48,49 @@ def wandb_run(
     job_type: str | None,
     tags: list[str],
 ) -> tuple[Log, Callable[[], None]]:
-    """A W&B run of its own client: online when logged in, else offline in the run directory.
-
-    The id was made with the run directory, so that a run is one run however often it is started.
-    """
+    """A W&B run of its own client: online when logged in, else offline in the run directory."""
     assert name == "wandb"
+    run = _opened(run_dir, config, project, entity, group, job_type, tags)
+    return (lambda metrics, step: run.log(metrics, step=step)), (lambda: run.finish())
+
+
+def results(run_dir: Path, config: dict[str, Any], pictures: Path) -> None:
+    """The evaluation's numbers and samples as tables, and the page's plots, into the W&B run of this directory."""
+    import wandb
+
+    keys = ("project", "entity", "group", "job_type", "tags")
+    run = _opened(run_dir, config, *(config["tracking"][key] for key in keys))
+    metrics = json.loads((run_dir / "eval" / "metrics.json").read_text(encoding="utf-8"))
+    table = wandb.Table(columns=["metric", "base", "tuned", "difference", "low", "high", "wins", "ties", "losses"])
+    for name, value in metrics["tuned"].items():
+        difference = metrics["difference"].get(name, {})
+        rest = (difference.get(key) for key in ("difference", "low", "high", "wins", "ties", "losses"))
+        table.add_data(name, metrics["base"].get(name), value, *rest)
+    samples = wandb.Table(columns=["prompt", "reference", "base", "tuned"])
+    for line in (run_dir / "eval" / "samples.jsonl").open(encoding="utf-8"):
+        row = json.loads(line)
+        samples.add_data(*(row.get(key) for key in ("prompt", "reference", "base", "tuned")))
+    sides = {f"eval/{side}/{name}": value for side in ("base", "tuned") for name, value in metrics[side].items()}
+    plots = {f"plots/{file.stem}": wandb.Image(str(file)) for file in sorted(pictures.glob("*.png"))}
+    rows = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(rows[-1])["step"] if rows else 0  # W&B drops what comes with an earlier step
+    values = {name: value for name, value in sides.items() if value is not None}
+    run.log(values | {"eval/table": table, "eval/samples": samples} | plots, step=last)
+    run.finish()
+
+
+def _opened(
+    run_dir: Path, config: dict[str, Any], project: str, entity: str | None, group: str | None, job_type: str | None,
+    tags: list[str],
+) -> Any:  # fmt: skip
+    """The id was made with the run directory, so that a run is one run however often it is started."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own telemetry, which calls home even when offline
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE")
     if not mode:
         mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-    run = wandb.init(
+    return wandb.init(
         project=project,
         entity=entity,
         group=group,
@@ -73,7 +104,6 @@ def wandb_run(
         mode=mode,
         settings=wandb.Settings(console="off", silent=True),
     )
-    return (lambda metrics, step: run.log(metrics, step=step)), (lambda: run.finish())
 
 
 def forget_after(run_dir: Path, step: int) -> None:
@@ -120,7 +150,8 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
                 self._say(f"step {step}: held-out loss {logs['eval_loss']:.4f}, "
                           f"perplexity {logs['eval_perplexity']:.4g}", keep=True)  # fmt: skip
             elif "loss" in logs:
-                self._record({"step": step, **{k: logs.get(k) for k in COLUMNS}, "epoch": logs.get("epoch")})
+                row = {"step": step, **{k: logs.get(k) for k in COLUMNS}, "epoch": logs.get("epoch")}
+                self._record({**row, "memory_gib": round(memory_gib(), 4)})
                 self._say(self._line(step, state.max_steps, logs), keep=step >= state.max_steps)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -75,6 +75,8 @@ class TokenTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole global batch
         self.loss_is_scaled_for_ga = True
         self.packing = packing
+        self.examiner: Any = None  # answers held-out rows at every evaluation, if there is one
+        self.sharded = False  # weights are in pieces over the ranks (ZeRO-3)
         self.trainable = trainable  # elements that the plan said would be trained
         self.head = Head(model, self.args.label_smoothing_factor, "dft" if loss_type == "dft" else "nll")
         forward = inspect.signature(
@@ -218,9 +220,24 @@ class TokenTrainer(Trainer):
         totals = self.accelerator.reduce(totals, "sum")
         loss = float(totals[0] / totals[1].clamp(min=1))
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700))}
+        if self.examiner is not None:
+            plain = self.accelerator.unwrap_model(model)
+            with self.compute_loss_context_manager():
+                answered = self.examiner.examine(plain, rank, world, self.sharded, self.keeper.asked_to_stop)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in answered.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, V) of sequences of one length, through the engine. Every rank must call."""
+        model = self.model_wrapped
+        model.eval()
+        ids = input_ids.to(self.args.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        with self.compute_loss_context_manager():
+            return self._forward(model, ids, positions)
 
     # Health: asked before torch's optimizer changes anything; DeepSpeed calls it inside the last backward
 

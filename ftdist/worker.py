@@ -34,7 +34,8 @@ def train(run_dir: Path) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ftdist import keeper, models, tracking
+    from ftdist import keeper, models, parity, tracking
+    from ftdist.evaluate.during import Examiner
     from ftdist.health import Health
     from ftdist.measure import Meter
     from ftdist.plan.shapes import model_shapes
@@ -93,6 +94,9 @@ def train(run_dir: Path) -> int:
             keeper=keep,
             health=Health(run_dir, main, **{key: config["health"][key] for key in schema.keys_of(Health.__init__)}),
         )
+    trainer.sharded = plan["stage"] == 3
+    if config["eval"]["during"]:
+        trainer.examiner = Examiner(data, config["eval"]["during"], tokenizer, config["seed"], config["eval"])
     if plan["stage"] and trainer.accelerator.distributed_type.value != "DEEPSPEED":
         raise RuntimeError("the launcher's environment keeps DeepSpeed out (unset ACCELERATE_USE_CPU)")
 
@@ -111,6 +115,7 @@ def train(run_dir: Path) -> int:
     keep.close()
     watch.pause()
     if keep.stopping is None:
+        parity.record(trainer, run_dir, main)
         if plan["stage"] == 3:
             engine: Any = trainer.model_wrapped
             engine.empty_partition_cache()  # the last evaluation may have left prefetches in flight

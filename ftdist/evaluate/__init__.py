@@ -1,32 +1,141 @@
-"""What came out: base and tuned on the same held-out rows. Knows a finished run directory, not how it was launched."""
+"""What came out: base and tuned on the same rows. Knows a finished run or an exported model, no launcher."""
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist.errors import OK, Failed, UserError
+from ftdist import rundir, schema
+from ftdist.errors import FAILED, OK, USAGE, Failed, UserError
+
+LONGEST = 4096  # tokens of a row of the user's own evaluation data that count, where the model takes so many
 
 
 def settings(
     *,
     samples: Annotated[int, Field(ge=0)],
+    during: Annotated[int, Field(ge=0)],
+    data: str | list[str] | None,
+    base: str | None,
     max_new_tokens: Annotated[int, Field(ge=1)],
     batch_size: Annotated[int, Field(ge=1)],
+    metrics: list[Literal["exact_match", "bleu", "chrf", "rouge"]],
+    answer_pattern: str | None,
+    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"],
+    resamples: Annotated[int, Field(ge=0)],
+    retention: str | list[str] | None,
+    lm_eval: list[str],
     show: Annotated[int, Field(ge=0)],
+    g_eval: dict[str, Any],
 ) -> None:
     """The keys of `eval`."""
 
 
-def evaluate(run_dir: Path, wanted: dict[str, Any]) -> None:
-    """Evaluate in a process of its own, from the files alone: what is measured is what was saved."""
-    if not (run_dir / "final").is_dir():
-        raise UserError(f"{run_dir}: not finished (no final/ in it); only a finished run is evaluated")
-    values = [str(wanted[key]) for key in ("samples", "max_new_tokens", "batch_size", "show")]
-    done = subprocess.run([sys.executable, "-m", "ftdist.evaluate.answers", str(run_dir), *values], check=False)
+def check(values: dict[str, Any]) -> None:
+    """UserError for the first key that is unknown or holds a wrong value."""
+    from ftdist.evaluate import g_eval, harness
+
+    schema.check("eval", values, settings)
+    schema.check("eval.g_eval", values["g_eval"], g_eval.settings)
+    if values["g_eval"]["criteria"] and not values["g_eval"]["judge"]:
+        raise UserError("eval.g_eval.judge=null: who judges? the URL of an OpenAI-compatible endpoint, or a directory")
+    harness.check(values["lm_eval"])
+    if values["answer_pattern"] is not None:
+        try:
+            re.compile(values["answer_pattern"])
+        except re.error as failure:
+            raise UserError(f"eval.answer_pattern={values['answer_pattern']}: no regular expression ({failure})")
+
+
+def is_exported(directory: Path) -> bool:
+    """Whether this is a model or adapter directory and no run."""
+    files = ("config.json", "adapter_config.json")
+    return not (directory / "config.yaml").is_file() and any((directory / name).is_file() for name in files)
+
+
+def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
+    """Evaluate in a process of its own, from the files alone: what is measured is what was saved.
+
+    target: a finished run, or an exported directory (`defaults`: the configuration to read eval.data with).
+    """
+    if is_exported(target):
+        assert defaults is not None
+        if wanted["data"] is None:
+            raise UserError(f"{target}: a model directory brings no held-out rows; give eval.data=FILE")
+        config, plan = defaults, None
+    else:
+        run = rundir.finished(target)
+        config, plan = run["config"], run["plan"]
+    tokenizer = target if plan is None else target / "final"
+    prepared = _prepared(config, tokenizer, wanted["data"], "eval.data") if wanted["data"] else Path(plan["prepared"])  # type: ignore[index]
+    if not (prepared / "validation_rows.jsonl").is_file():
+        raise UserError(
+            f"{target}: its prepared data are gone ({prepared}); give the held-out rows with eval.data=FILE"
+        )
+    retention = _prepared(config, tokenizer, wanted["retention"], "eval.retention") if wanted["retention"] else None
+    task = {
+        "target": str(target),
+        "wanted": wanted,
+        "config": config,
+        "plan": plan,
+        "prepared": str(prepared),
+        "retention": str(retention) if retention else None,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        said = Path(scratch, "failure")
+        words = [sys.executable, "-m", "ftdist.evaluate.process", str(said)]
+        done = subprocess.run(words, input=json.dumps(task), text=True, check=False)
+        message = said.read_text(encoding="utf-8") if said.is_file() else None
+    if done.returncode == USAGE and message:
+        raise UserError(message)
     if done.returncode != OK:
-        raise Failed(f"the evaluation failed (exit status {done.returncode}); the run in {run_dir} is whole")
+        message = message or f"the evaluation failed (exit status {done.returncode}); {target} is whole"
+        raise Failed(message, done.returncode if done.returncode > 0 else FAILED)
+
+
+def _positions(config: dict[str, Any]) -> int:
+    """Positions of the model that `config` names; no limit where its files do not say."""
+    file = Path(config["model"]["path"], "config.json")
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    inner = values.get("text_config") or {}
+    return int(values.get("max_position_embeddings") or inner.get("max_position_embeddings") or LONGEST)
+
+
+def _prepared(config: dict[str, Any], tokenizer: Path, data: str | list[str], key: str) -> Path:
+    """Rows of the user's own file, in the template and with the mask of the run, none taken out."""
+    from ftdist.data.prepare import prepare
+
+    keep = {
+        **config["data"],
+        "path": data,
+        "validation": data,
+        "validation_share": 0.0,
+        "exact_duplicates": "keep",
+        "near_duplicates": "off",
+        "decontaminate": False,
+        "against": None,
+        "stratify": False,
+        "chat_template": "tokenizer",
+        **dict.fromkeys(("min_answer", "max_answer", "max_repetition", "max_markup", "scripts")),
+    }
+    try:
+        return prepare(
+            **keep,
+            tokenizer_path=str(tokenizer),
+            revision=None,
+            trust_remote_code=config["model"]["trust_remote_code"],
+            max_length=max(config["train"]["max_length"], min(LONGEST, _positions(config))),
+            packing=False,
+            task=config["task"]["name"],
+            seed=config["seed"],
+            cache_dir=rundir.cache_root() / "data",
+        )
+    except UserError as failure:
+        raise UserError(str(failure).replace("data.path=", f"{key}="))

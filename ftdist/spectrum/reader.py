@@ -215,11 +215,12 @@ def content_key(files: list[Path], *, rank: int, world: int) -> str:
     first = rank * len(files) // world
     turned = files[first:] + files[:first]
     with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
-        digests = dict(zip(turned, pool.map(_digest, turned), strict=True))
+        digests = dict(zip(turned, pool.map(digest, turned), strict=True))
     return hashlib.sha256(" ".join(digests[file] for file in sorted(files)).encode()).hexdigest()[:32]
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
     status = file.stat()
     identity = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
     memo = cache_root() / "spectrum" / "digests" / hashlib.sha256(identity.encode()).hexdigest()
@@ -229,13 +230,13 @@ def _digest(file: Path) -> str:
             return known
     except OSError:
         pass
-    digest = hashlib.sha256()
+    summed = hashlib.sha256()
     with file.open("rb", buffering=0) as stream:
         buffer = bytearray(4 << 20)
         while count := stream.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    write_atomically(memo, digest.hexdigest())
-    return digest.hexdigest()
+            summed.update(memoryview(buffer)[:count])
+    write_atomically(memo, summed.hexdigest())
+    return summed.hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+KINDS = (".py", ".css")
 PARTS = ("ftdist", "conf", "launch", "slurm", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -48,7 +49,7 @@ def clean(execute, wheel, tmp_path_factory):
 
 def test_every_file_is_in_it(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    code = {str(file.relative_to(REPOSITORY)) for file in (REPOSITORY / "ftdist").rglob("*.py")}
+    code = {str(f.relative_to(REPOSITORY)) for f in (REPOSITORY / "ftdist").rglob("*.*") if f.suffix in KINDS}
     data = {
         f"ftdist/{file.relative_to(REPOSITORY)}"
         for folder in ("conf", "launch", "slurm")

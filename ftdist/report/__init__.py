@@ -1,0 +1,47 @@
+"""One self-contained page for a run, or one that compares several, with PNGs of its plots beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ftdist.errors import UserError
+
+
+def write(targets: list[Path], output: Path | None = None) -> Path:
+    """The page's file: RUN/report.html for one run, else `output`. A folder of runs (a sweep) stands for its runs."""
+    from ftdist.report import gather, page, plots
+
+    found = [directory for target in targets for directory in _runs(target)]
+    names = [directory.resolve() for directory in found]
+    if len(set(names)) < len(names):
+        raise UserError("report: a run is named twice; name each once")
+    runs = [gather.run(directory) for directory in found]
+    place = output or (found[0] if len(found) == 1 else _folder(targets)) / "report.html"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        figures = plots.of_run(runs[0]) if len(runs) == 1 else plots.of_several(runs)
+        pictures = place.parent / ("plots" if place.name == "report.html" else f"{place.stem}-plots")
+        drawn = plots.draw(figures, pictures)
+        text = page.of_run(runs[0], drawn) if len(runs) == 1 else page.of_several(runs, drawn)
+        partial = place.with_name(f".{place.name}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(place)
+    except OSError as failure:
+        raise UserError(f"report: {place} cannot be written ({failure.strerror}); choose another with --output FILE")
+    return place
+
+
+def _runs(target: Path) -> list[Path]:
+    if (target / "config.yaml").is_file():
+        return [target]
+    inside = sorted((p for p in target.glob("*/config.yaml")), key=lambda p: (len(p.parent.name), p.parent.name))
+    if not inside:
+        raise UserError(
+            f"{target}: no run directory and no folder of runs (no config.yaml); runs are made by `ftdist train`"
+        )
+    return [file.parent for file in inside]
+
+
+def _folder(targets: list[Path]) -> Path:
+    """Of a comparison: the sweep's own folder, else where the command runs."""
+    return targets[0] if len(targets) == 1 else Path.cwd()

@@ -1,0 +1,426 @@
+"""The page itself: HTML without a script, a font or a picture from anywhere else; light, dark, on paper, on a phone."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import difflib
+import json
+import math
+import re
+import shlex
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from ftdist.evaluate import tables
+from ftdist.report import gather
+from ftdist.report.gather import Run
+from ftdist.report.plots import MARKS, SERIES
+
+DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#ff7b72", "#d29922", "#39c5cf", "#f778ba")
+LONG = 1500  # characters of an answer that are shown
+STYLE = files(__package__) / "style.css"
+
+
+def of_run(run: Run, svgs: dict[str, str]) -> str:
+    """The page of one run."""
+    parts = [
+        f"<h1>{escape(run.name)}</h1>",
+        f'<p class="soft">{escape(_subtitle(run))}</p>',
+        _verdict(run),
+        _section("Evaluation", _evaluation(run), _plots(svgs, ("differences", "target_retention"))),
+        _section("Answers", _samples(run)),
+        _section(
+            "Training",
+            _plots(svgs, ("loss", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
+            _planned(run),
+        ),
+        _section("Checkpoints, restarts, faults", _plots(svgs, ("time_line",)), _events(run)),
+        _section("Spectrum", _selection(run)),
+        _section("Configuration", _configuration(run)),
+        _section("Data", _data(run)),
+        _section("Export", _export(run)),
+        _section("Again", _again(run)),
+    ]
+    return _document(run.name, parts)
+
+
+def of_several(runs: list[Run], svgs: dict[str, str]) -> str:
+    """The page that compares runs."""
+    every = list(svgs)
+    parts = [
+        f"<h1>{len(runs)} runs</h1>",
+        f'<p class="verdict">{escape(_best(runs))}</p>',
+        _section("Results", _results(runs)),
+        _section("Plots", _plots(svgs, every)),
+        _section("What differs", _differing(runs)),
+        _section("Runs", "".join(f"<p><b>{escape(run.name)}</b>: {escape(_words(run))}</p>" for run in runs)),
+    ]
+    return _document(f"{len(runs)} runs", parts)
+
+
+def _document(title: str, parts: list[str]) -> str:
+    light = " ".join(f"--c{i}: {pair[0]};" for i, pair in enumerate(SERIES))
+    dark = " ".join(f"--c{i}: {colour};" for i, colour in enumerate(DARK))
+    style = STYLE.read_text(encoding="utf-8").replace("%light%", light).replace("%dark%", dark)
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escape(title)} · ftdist</title><style>{style}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _section(title: str, *contents: str) -> str:
+    inside = "\n".join(content for content in contents if content)
+    return f"<h2>{title}</h2>\n{inside}" if inside else ""
+
+
+def _plots(svgs: dict[str, str], names: Any) -> str:
+    chosen = [f"<figure>{svgs[name]}</figure>" for name in names if name in svgs]
+    return f'<div class="plots">{"".join(chosen)}</div>' if chosen else ""
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _subtitle(run: Run) -> str:
+    plan = run.plan
+    parts = [str(plan.get("model", "")).rstrip("/").rpartition("/")[2], plan.get("task"), plan.get("strategy"),
+             plan.get("engine"), plan.get("precision")]  # fmt: skip
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _verdict(run: Run) -> str:
+    shared = run.metrics.get("overlap") or {}
+    bad = bool(shared.get("rows")) or not run.finished
+    return f'<p class="verdict{" warning" if bad else ""}">{escape(_words(run))}</p>'
+
+
+def _words(run: Run) -> str:
+    """What came out, in one paragraph."""
+    plan, metrics = run.plan, run.metrics
+    trained = plan.get("trainable_parameters")
+    said = []
+    steps = run.steps[-1]["step"] if run.steps else 0
+    what = f"{steps:,} steps" + (
+        f" over {run.steps[-1]['tokens']:,} tokens" if run.steps and run.steps[-1].get("tokens") else ""
+    )
+    if run.finished:
+        said.append(
+            f"Finished: {what}, {trained:,} of {plan['total_parameters']:,} parameters trained."
+            if trained
+            else f"Finished: {what}."
+        )
+    else:
+        why = f" Rank {run.errors[0].get('rank')} failed: {run.errors[0].get('message')}." if run.errors else ""
+        said.append(f"Not finished; so far {what}.{why}")
+    held = [row["eval_loss"] for row in run.held_out if row.get("eval_loss") is not None]
+    base, tuned = metrics.get("base", {}), metrics.get("tuned", {})
+    if base.get("loss") is not None and tuned.get("loss") is not None:
+        said.append(
+            f"Held-out loss {base['loss']:.4g} → {tuned['loss']:.4g} (perplexity {base['perplexity']:.4g} → "
+            f"{tuned['perplexity']:.4g})."
+        )
+    elif held:
+        said.append(f"Held-out loss at the end {held[-1]:.4g}.")
+    for name in ("extracted_match", "exact_match", "g_eval", "rougeL"):
+        d = metrics.get("difference", {}).get(name)
+        if d and base.get(name) is not None and tuned.get(name) is not None:
+            sure = "no interval was computed"
+            if d.get("low") is not None:
+                low, high = (tables.number(name, d[end]) for end in ("low", "high"))
+                sure = f"95 % interval of the difference {low} to {high}"
+                clear = d["low"] > 0 or d["high"] < 0
+                sure += "" if clear else ", so no difference is shown"
+            better = "better" if d["difference"] > 0 else "worse" if d["difference"] < 0 else "the same"
+            said.append(
+                f"On {tuned['rows']} held-out prompts the tuned model is {better} by {name.replace('_', ' ')}: "
+                f"{tables.number(name, base[name])} → {tables.number(name, tuned[name])} ({sure})."
+            )
+            break
+    if "retention_loss" in tuned and "retention_loss" in base:
+        change = tuned["retention_loss"] - base["retention_loss"]
+        said.append(f"On the retention data its loss {'rose' if change > 0 else 'fell'} by {abs(change):.3g}.")
+    shared = metrics.get("overlap") or {}
+    if shared.get("rows"):
+        said.append(
+            f"WARNING: {len(shared['rows'])} of {shared['of']} evaluation rows overlap with the training data; the "
+            "numbers flatter."
+        )
+    if tuned.get("empty"):
+        said.append(f"{tuned['empty']} answers are empty.")
+    again = sum(event.get("event") == "resume" for event in run.events)
+    faults = [str(event.get("event")) for event in run.events if event.get("event") not in MARKS]
+    if again:
+        said.append(f"Went on from a checkpoint {again} time{'s' if again > 1 else ''}.")
+    if faults:
+        said.append(f"On the way: {', '.join(dict.fromkeys(faults))}.")
+    return " ".join(said)
+
+
+def _best(runs: list[Run]) -> str:
+    for name, sign in (("extracted_match", 1), ("exact_match", 1), ("loss", -1)):
+        scored = [(run.metrics["tuned"][name] * sign, run) for run in runs
+                  if run.metrics.get("tuned", {}).get(name) is not None]  # fmt: skip
+        if len(scored) > 1:
+            _, best = max(scored, key=lambda pair: pair[0])
+            value = best.metrics["tuned"][name]
+            by = name.replace("_", " ")
+            return f"Best by {by} of {len(scored)} evaluated runs: {best.name} ({tables.number(name, value)})."
+    held = [(run.held_out[-1]["eval_loss"], run) for run in runs if run.held_out and run.held_out[-1].get("eval_loss")]
+    if held:
+        value, best = min(held, key=lambda pair: pair[0])
+        return f"Lowest held-out loss of {len(held)} runs: {best.name} ({value:.4g})."
+    return "No run has been evaluated yet."
+
+
+# --- parts of one run -----------------------------------------------------------------------------
+
+
+def _evaluation(run: Run) -> str:
+    metrics = run.metrics
+    if "tuned" not in metrics:
+        return '<p class="soft">Not evaluated: <code>ftdist eval RUN eval.samples=200</code>.</p>'
+    sides = [side for side in ("base", "tuned") if side in metrics]
+    rows = []
+    for name in metrics["tuned"]:
+        if name in ("rows", "empty"):
+            continue
+        d = metrics.get("difference", {}).get(name)
+        cells = [escape(name), *(tables.number(name, metrics[side].get(name)) for side in sides)]
+        if d:
+            lower = name.endswith(("loss", "perplexity"))
+            gain = (d["difference"] or 0) * (-1 if lower else 1)
+            clear = d.get("low") is not None and (d["low"] > 0 or d["high"] < 0)
+            kind = ("good" if gain > 0 else "bad") if clear else ""
+            interval = (
+                "" if d.get("low") is None else f"{tables.number(name, d['low'])} … {tables.number(name, d['high'])}"
+            )
+            cells += [f'<span class="{kind}">{tables.number(name, d["difference"])}</span>', interval,
+                      f"{d['wins']} / {d['ties']} / {d['losses']}"]  # fmt: skip
+        rows.append(cells)
+    head = ["", *sides]
+    if "difference" in metrics:
+        head += ["difference", "95 % interval", "wins / ties / losses"]
+    notes = "".join(f"<li>{escape(line)}</li>" for line in tables.remarks(metrics, run.data.get("validation", 0)))
+    return _table(head, rows, numbers=True) + f'<ul class="soft">{notes}</ul>'
+
+
+def _samples(run: Run) -> str:
+    found = []
+    for row in run.samples:
+        said = [m for m in row.get("messages") or () if isinstance(m.get("content"), str)]
+        question = "\n\n".join(m["content"] for m in said) or row.get("prompt", "")
+        base, tuned = row.get("base"), row.get("tuned")
+        if tuned is None:
+            continue
+        marked = _marked(base, tuned) if base is not None else (None, escape(_cut(tuned)))
+        sides = [("base", marked[0]), ("tuned", marked[1]), ("reference", escape(_cut(row.get("reference", ""))))]
+        cells = "".join(
+            f'<div><h3>{side}{_scores(row, side)}</h3><p class="text" dir="auto">{text or "<i>(empty)</i>"}</p></div>'
+            for side, text in sides
+            if text is not None
+        )
+        warning = ' <span class="bad">in the training data</span>' if row.get("in_training") else ""
+        found.append(
+            f'<div class="sample"><p class="text soft" dir="auto">{escape(_cut(question))}{warning}</p>'
+            f'<div class="pair">{cells}</div></div>'
+        )
+    return "".join(found)
+
+
+def _scores(row: dict[str, Any], side: str) -> str:
+    scores = (row.get("scores") or {}).get(side) or {}
+    shown = [
+        f"{n.replace('_', ' ')} {scores[n]:.3g}"
+        for n in ("extracted_match", "exact_match", "g_eval", "rougeL")
+        if scores.get(n) is not None
+    ]
+    return f' <span class="soft">{escape(", ".join(shown[:2]))}</span>' if shown else ""
+
+
+def _marked(base: str, tuned: str) -> tuple[str, str]:
+    """Both texts as HTML: words that only the base's has struck out, those that only the tuned one's has marked."""
+    a, b = (re.findall(r"\s+|[^\s]+", _cut(text)) for text in (base, tuned))
+    left, right = [], []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        old, new = escape("".join(a[i:j])), escape("".join(b[k:m]))
+        left.append(old if kind == "equal" or not old else f"<del>{old}</del>")
+        right.append(new if kind == "equal" or not new else f"<ins>{new}</ins>")
+    return "".join(left), "".join(right)
+
+
+def _planned(run: Run) -> str:
+    """What the plan said beside what was measured."""
+    plan, measured = run.plan, run.plan.get("measured") or {}
+    seen = [row["tokens_per_second"] for row in run.steps[1:] if row.get("tokens_per_second")]
+    if seen:
+        measured = {"tokens_per_second": sorted(seen)[len(seen) // 2], **measured}
+    keys = [k for k in ("device_peak_bytes", "host_peak_bytes_per_node", "checkpoint_bytes", "tokens_per_second",
+                        "tokens_per_step", "trainable_parameters") if k in plan or k in measured]  # fmt: skip
+    keys += [k for k in measured if k not in keys and isinstance(measured[k], int | float)]
+    rows = [[escape(k.replace("_", " ")), _quantity(k, plan.get(k)), _quantity(k, measured.get(k))] for k in keys]
+    return _table(["", "planned", "measured"], rows, numbers=True) if rows else ""
+
+
+def _quantity(key: str, value: Any) -> str:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return "–"
+    if "bytes" in key:
+        return f"{value / 2**30:,.2f} GiB" if value >= 2**28 else f"{value / 2**20:,.1f} MiB"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def _events(run: Run) -> str:
+    rows = []
+    for event in run.events:
+        when = datetime.datetime.fromtimestamp(event["time"], datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+        more = ", ".join(f"{k}: {_value(v)}" for k, v in event.items() if k not in ("time", "event", "step"))
+        rows.append([when, escape(str(event.get("event"))), escape(str(event.get("step", ""))), escape(more[:300])])
+    for error in run.errors:
+        rows.append(
+            [
+                "",
+                '<span class="bad">rank failed</span>',
+                "",
+                escape(f"rank {error.get('rank')}: {error.get('message')}"),
+            ]
+        )
+    kept = ", ".join(f"{c['name']} ({c['bytes'] / 2**20:,.1f} MiB)" for c in run.checkpoints)
+    return (_table(["UTC", "event", "step", ""], rows) if rows else "") + (
+        f'<p class="soft">Checkpoints kept: {escape(kept)}.</p>' if kept else ""
+    )
+
+
+def _selection(run: Run) -> str:
+    if run.selection is None:
+        return ""
+    data = base64.b64encode(run.selection.read_bytes()).decode()
+    return (
+        '<figure><img alt="signal-to-noise ratio by layer and module type, the trained ones framed" '
+        f'src="data:image/png;base64,{data}">'
+        "<figcaption>SNR of every module; what is trained is framed in red</figcaption></figure>"
+    )
+
+
+def _configuration(run: Run) -> str:
+    if not run.deltas:
+        return ""
+    rows = [
+        [f"<code>{escape(key)}</code>", escape(_value(default)), escape(_value(value))]
+        for key, default, value in run.deltas
+    ]
+    return '<p class="soft">What is not the default of the choices made; all of it: config.yaml.</p>' + _table(
+        ["key", "default", "here"], rows
+    )
+
+
+def _data(run: Run) -> str:
+    data = run.data
+    if not data:
+        return ""
+    keys = ("rows_in", "rejected", "filtered", "duplicates_exact", "duplicates_near", "contaminated", "train",
+            "validation", "tokens", "supervised_tokens", "max_length", "fill")  # fmt: skip
+    rows = [[key.replace("_", " "), f"{data[key]:,}"] for key in keys if isinstance(data.get(key), int | float)]
+    lengths = ", ".join(f"{k}: {v}" for k, v in (data.get("token_lengths") or {}).items())
+    scripts = ", ".join(f"{k} {v:.1%}" for k, v in (data.get("scripts") or {}).items())
+    extra = [f"Token lengths: {lengths}." if lengths else "", f"Scripts: {scripts}." if scripts else "",
+             *(str(note) for note in data.get("notes") or ())]  # fmt: skip
+    return _table(["", ""], rows, numbers=True) + "".join(
+        f'<p class="soft">{escape(line)}</p>' for line in extra if line
+    )
+
+
+def _export(run: Run) -> str:
+    found = run.export.get("parity")
+    if not run.export:
+        return ""
+    if not found:
+        return f"<p>Exported ({escape(run.export['kind'])}); parity was not checked.</p>"
+    rows = [
+        [
+            escape(name.replace("_", " ")),
+            f"{v['max_difference']:.3g}",
+            f"{v['kl_mean']:.3g}",
+            f"{v['same_best_token']:.0%}",
+        ]
+        for name, v in found.items()
+        if isinstance(v, dict) and "kl_mean" in v
+    ]
+    return _table(
+        ["parity", "largest difference of a logit", "mean KL, nats a token", "same best token"], rows, numbers=True
+    )
+
+
+def _again(run: Run) -> str:
+    environment = run.environment
+    command = shlex.join(["ftdist", *environment.get("command", ["", "train"])[1:]])
+    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
+    facts = (
+        f"Python {environment.get('python')}; {versions}; {environment.get('platform')}; commit "
+        f"{environment.get('commit') or 'not known'}; seed {run.config.get('seed')}."
+    )
+    return f'<pre>{escape(command)}</pre><p class="soft">{escape(facts)}</p>'
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+
+def _results(runs: list[Run]) -> str:
+    names = list(dict.fromkeys(n for run in runs for n in run.metrics.get("tuned", {}) if n not in ("rows", "empty")))
+    rows = []
+    for run in runs:
+        last = run.steps[-1] if run.steps else {}
+        held = run.held_out[-1].get("eval_loss") if run.held_out else None
+        tuned = run.metrics.get("tuned", {})
+        state = "finished" if run.finished else "not finished"
+        rows.append([escape(run.name), state, str(last.get("step", "–")), _quantity("loss", last.get("loss")),
+                     _quantity("loss", held), _quantity("", last.get("tokens_per_second")),
+                     *(tables.number(n, tuned.get(n)) for n in names)])  # fmt: skip
+    return _table(["run", "", "steps", "last loss", "held-out loss", "tokens/s", *names], rows, numbers=True)
+
+
+def _differing(runs: list[Run]) -> str:
+    configs = [gather.flat(run.config) for run in runs]
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    rows = []
+    for key in keys:
+        values = [config.get(key) for config in configs]
+        if key != "run_dir" and any(value != values[0] for value in values[1:]):
+            rows.append([f"<code>{escape(key)}</code>", *(escape(_value(value)) for value in values)])
+    return (
+        _table(["key", *(escape(run.name) for run in runs)], rows)
+        if rows
+        else "<p>Nothing: the configurations are the same.</p>"
+    )
+
+
+# --- small ----------------------------------------------------------------------------------------
+
+
+def _table(head: list[str], rows: list[list[str]], numbers: bool = False) -> str:
+    """Cells are HTML already. numbers: all columns but the first stand right."""
+    if not rows:
+        return ""
+
+    def cell(tag: str, i: int, text: str) -> str:
+        return f"<{tag}{' class=n' if numbers and i else ''}>{text}</{tag}>"
+
+    top = "".join(cell("th", i, text) for i, text in enumerate(head)) if any(head) else ""
+    body = "".join(f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows)
+    return (
+        f'<div class="wide"><table>{f"<thead><tr>{top}</tr></thead>" if top else ""}<tbody>{body}</tbody></table></div>'
+    )
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONG else text[: LONG - 1] + "…"
