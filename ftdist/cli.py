@@ -116,7 +116,7 @@ def data(argv: list[str]) -> int:
 
 def scan(argv: list[str]) -> int:
     """Scan a model's weights and select from them, as strategy=spectrum would."""
-    from ftdist import compose, job, launcher, models
+    from ftdist import compose, job, models
     from ftdist.spectrum import verb
 
     if not any(word.startswith("strategy=") for word in argv):
@@ -130,7 +130,7 @@ def scan(argv: list[str]) -> int:
         output = Path(named or f"scans/{Path(model['path']).name}").expanduser().absolute()
         verb.run(
             model_path=models.local_path(model["path"], model["revision"]),
-            processes=launcher.cores() if processes == "auto" else processes,
+            processes=None if processes == "auto" else processes,
             device="auto",
             output_dir=output,
             shapes=job.shapes_of(model).architecture.parameters,

@@ -217,7 +217,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
         keys = schema.pick(measure, config["strategy"])
-        config["strategy"] |= measure(base, model["path"], run_dir, launcher.cores(), **keys)
+        config["strategy"] |= measure(base, model["path"], run_dir, launcher.workers(), **keys)
     report = json.loads((prepared / "data_report.json").read_text(encoding="utf-8"))
     if report["validation"] == 0:
         if config["eval"]["samples"]:
