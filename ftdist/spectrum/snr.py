@@ -11,9 +11,10 @@ Singular values come from the eigenvalues, in float64, of the Gram matrix of the
 cheapest first; each says how far its SNR can be off, and the next one is taken where that is more than `TOLERANCE`
 or a value could lie on the other side of the threshold:
 
-gram32  products of float32 pieces, added up in float64. Products of bfloat16 and float16 weights are exact in float32,
-        what is lost is lost in the sums within a piece. How much is not assumed but seen: the error E of the Gram
-        matrix is applied to random vectors, E·X = G·X − Wᵀ(W·X), at the cost of a few more columns.
+gram32  products of float32 pieces, added up in float64; the diagonal in float64 throughout. Products of bfloat16 and
+        float16 weights are exact in float32, what is lost is lost in the sums within a piece. How much is not assumed
+        but seen: the error E of the Gram matrix is applied to random vectors, E·X = G·X − Wᵀ(W·X).
+        Left out for matrices that are nearly square: their smallest values would ask for more than float32 has.
 gram64  the same in float64. Both square the condition number: the eigenvalues alone are off by up to
         δ = 4·ε·√(n+m)·S[0]² (a float64 SVD shows about a quarter of that).
 svd     a QR decomposition in slices and an SVD of the triangle, in float64, which square nothing.
@@ -78,7 +79,8 @@ def measure(slices: Slices, shape: tuple[int, int]) -> dict[str, Any]:
     """Both SNRs of a matrix, the method, the largest singular value and a bound on the relative error."""
     if min(shape) == 1:
         return _single(math.sqrt(sum(float((piece * piece).sum()) for piece in slices("float64"))))
-    for precision in ("float32", "float64"):
+    precisions: tuple[Precision, ...] = ("float32", "float64") if max(shape) >= 2 * min(shape) else ("float64",)
+    for precision in precisions:
         found = by_gram(slices, precision, shape)
         measured = _measured(found, shape) if found else {}
         if found and max(measured[name]["error_bound"] for name in THRESHOLDS) <= TOLERANCE:
@@ -104,7 +106,7 @@ def _single(length: float) -> dict[str, Any]:
 def by_gram(slices: Slices, precision: Precision, shape: tuple[int, int]) -> Values | None:
     """Singular values by way of the Gram matrix; None where it is not finite."""
     short = min(shape)
-    gram = probes = image = None
+    gram = probes = image = squares = None
     xp: Any = None
     with np.errstate(over="ignore", invalid="ignore"):
         for piece in slices(precision):
@@ -112,22 +114,25 @@ def by_gram(slices: Slices, precision: Precision, shape: tuple[int, int]) -> Val
                 xp, like = _library(piece)
                 gram = xp.zeros((short, short), dtype=xp.float64, **like)
                 probes = xp.asarray(np.random.default_rng(0).standard_normal((short, _PROBES)), **like)
-                image = xp.zeros_like(probes)
+                image, squares = xp.zeros_like(probes), xp.zeros_like(probes[:, 0])
             gram += piece.T @ piece
             for first in range(0, len(piece) if precision == "float32" else 0, _ROWS):
                 part = xp.asarray(piece[first : first + _ROWS], dtype=xp.float64)
                 image += part.T @ (part @ probes)
+                squares += xp.einsum("ij,ij->j", part, part)
             del piece
         assert gram is not None
+        if precision == "float32":
+            gram[range(short), range(short)] = squares  # sums without signs lose most, and all to one side
         if not bool(xp.isfinite(gram).all()):
             return None
         seen = _host(gram @ probes - image) if precision == "float32" else np.zeros((1, 1))
-    squares = _host(xp.linalg.eigvalsh(gram))[::-1].clip(min=0)
-    solver = 4 * _EPSILON * math.sqrt(sum(shape)) * float(squares[0])
+    found = _host(xp.linalg.eigvalsh(gram))[::-1].clip(min=0)
+    solver = 4 * _EPSILON * math.sqrt(sum(shape)) * float(found[0])
     # u·E·X of a singular pair (u, v) is ‖E‖₂·(v·X), a normal vector of _PROBES numbers; the same for ‖E‖_F at worst.
     spectral = float(np.linalg.norm(seen, 2)) / math.sqrt(_CHI2) + solver
     frobenius = float(np.linalg.norm(seen)) / math.sqrt(_CHI2) + solver * math.sqrt(short)
-    return Values.of_gram(squares, min(spectral, frobenius), frobenius)
+    return Values.of_gram(found, min(spectral, frobenius), frobenius)
 
 
 def by_svd(slices: Slices, shape: tuple[int, int]) -> Values:

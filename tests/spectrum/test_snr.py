@@ -90,7 +90,7 @@ def test_the_error_bound_holds_over_condition_numbers(decades, dtype):
 
 
 # The bulk of the squares is 1: at 1e8 they lie below the last bit of the largest, 1e16, whatever library multiplies.
-@pytest.mark.parametrize(("strength", "methods"), [(1e1, ("gram32", "gram64")), (1e8, ("svd",))])
+@pytest.mark.parametrize(("strength", "methods"), [(1e1, ("gram64",)), (1e8, ("svd",))])
 def test_svd_takes_over_where_squaring_loses_the_noise(strength, methods):
     used, rows = errors(planted(120, 150, [strength], seed=2).float())
     assert used in methods
@@ -102,7 +102,7 @@ def test_svd_takes_over_where_squaring_loses_the_noise(strength, methods):
 
 def test_a_wrong_product_is_seen(monkeypatch):
     """A library whose float32 products are worse than they should be (TF32, a faulty kernel): float64 takes over."""
-    weight = planted(200, 300, [3.0], seed=4).float()
+    weight = planted(200, 600, [3.0], seed=4).float()
 
     class Rough(np.ndarray):
         def __matmul__(self, other):
@@ -115,15 +115,15 @@ def test_a_wrong_product_is_seen(monkeypatch):
         for piece in exact(precision):
             yield piece.view(Rough)
 
-    assert snr.measure(exact, (200, 300))["method"] == "gram32"
-    found = snr.measure(rough, (200, 300))
+    assert snr.measure(exact, (200, 600))["method"] == "gram32"
+    found = snr.measure(rough, (200, 600))
     assert found["method"] == "gram64"
     assert found["reference"]["snr"] == pytest.approx(plain_reference.snr_of(weight), rel=1e-5)
 
 
 def test_large_weights_do_not_overflow():
-    weight = planted(40, 60, [3.0], seed=5).float()
-    large = snr.measure(slices_of(weight * 2.0**75), (40, 60))
+    weight = planted(40, 90, [3.0], seed=5).float()
+    large = snr.measure(slices_of(weight * 2.0**75), (40, 90))
     assert large["method"] == "gram64"
     assert large["reference"]["snr"] * 2.0**75 == pytest.approx(plain_reference.snr_of(weight), rel=1e-5)
 
