@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,6 +71,8 @@ class Frozen:
     template: Template
     eos: int
     bos: int | None
+    pieces: list[bytes] | None  # what each token spells, where that is known
+    sizes: np.ndarray | None  # in bytes
 
 
 @lru_cache(maxsize=2)
@@ -81,7 +84,10 @@ def load_frozen(folder: Path) -> Frozen:
     template = Template(
         frozen["template"], tokens=frozen["tokens"], specials=frozen["specials"], keywords=frozen["keywords"]
     )
-    return Frozen(Tokenizer.from_file(str(folder / "tokenizer.json")), template, frozen["eos"], frozen["bos"])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pieces = spelling(tokenizer)
+    sizes = None if pieces is None else np.array([len(piece) for piece in pieces], np.int64)
+    return Frozen(tokenizer, template, frozen["eos"], frozen["bos"], pieces, sizes)
 
 
 @dataclass(frozen=True)
@@ -136,20 +142,27 @@ def token_range(encoding: Any, span: Span) -> tuple[int, int]:
 
 def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids int32, trained bool) of each row; the first token is never trained on, nothing predicts it."""
-    encodings: list[Any] = [None] * len(rows)
+    encoded: list[tuple[np.ndarray, list[tuple[int, int]]]] = [(np.zeros(0, np.int32), [])] * len(rows)
     for special in (False, True):
         which = [i for i, row in enumerate(rows) if row.special_tokens is special]
-        found = frozen.tokenizer.encode_batch([rows[i].text for i in which], add_special_tokens=special)
-        for i, encoding in zip(which, found, strict=True):
-            encodings[i] = encoding
+        texts = [rows[i].text for i in which]
+        fast = frozen.pieces is not None and not special
+        encode = frozen.tokenizer.encode_batch_fast if fast else frozen.tokenizer.encode_batch
+        for i, text, encoding in zip(which, texts, encode(texts, add_special_tokens=special), strict=True):
+            listed = encoding.ids
+            ids = np.array(listed, np.int32)
+            ranges = _ranges(text, listed, ids, rows[i].spans, frozen) if fast else None
+            if ranges is None:
+                if fast:
+                    encoding = frozen.tokenizer.encode(text, add_special_tokens=False)
+                ranges = [token_range(encoding, span) for span in rows[i].spans]
+            encoded[i] = ids, ranges
     closing = frozen.template.closing.special
     closing_id = None if closing is None else frozen.tokenizer.token_to_id(closing)
     result = []
-    for row, encoding in zip(rows, encodings, strict=True):
-        ids = np.array(encoding.ids, np.int32)
+    for row, (ids, ranges) in zip(rows, encoded, strict=True):
         trained = np.zeros(len(ids), bool)
-        for span in row.spans:
-            first, last = token_range(encoding, span)
+        for first, last in ranges:
             trained[first:last] = True
         if row.turns and closing_id is not None and np.count_nonzero(ids[trained] == closing_id) != len(row.spans):
             raise Unsegmentable(f"{closing} does not end each trained turn exactly once")
@@ -161,6 +174,48 @@ def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndar
         trained[:1] = False
         result.append((ids, trained))
     return result
+
+
+def _ranges(
+    text: str, listed: list[int], ids: np.ndarray, spans: list[Span], frozen: Frozen
+) -> list[tuple[int, int]] | None:
+    """The tokens of each span by the bytes that tokens stand for; None unless they spell the text exactly."""
+    assert frozen.pieces is not None and frozen.sizes is not None
+    whole = text.encode()
+    if b"".join(map(frozen.pieces.__getitem__, listed)) != whole:
+        return None
+    ends = np.cumsum(frozen.sizes[ids])
+    if len(whole) == len(text):
+        places = spans
+    else:
+        places = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
+    return [
+        (int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, end, "left")) + 1)
+        if start < end
+        else (0, 0)
+        for start, end in places
+    ]
+
+
+def spelling(tokenizer: Any) -> list[bytes] | None:
+    """The bytes of every token of a byte-level vocabulary, None for another kind."""
+    from tokenizers import decoders
+
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    byte_of, free = {}, 256  # GPT-2's alphabet: printable bytes stand for themselves, the others for what comes next
+    for byte in range(256):
+        printable = 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174
+        byte_of[chr(byte if printable else free)] = byte
+        free += not printable
+    pieces = [b""] * tokenizer.get_vocab_size()
+    for token, number in tokenizer.get_vocab(with_added_tokens=False).items():
+        with suppress(KeyError, IndexError):
+            pieces[number] = bytes(byte_of[character] for character in token)
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        pieces += [b""] * (number + 1 - len(pieces))
+        pieces[number] = added.content.encode()
+    return pieces
 
 
 def pair_tokens(row: dict[str, Any], frozen: Frozen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
