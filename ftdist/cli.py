@@ -103,7 +103,7 @@ def data(argv: list[str]) -> int:
         raise UserError(f"--show={count}: how many rows? --show 5")
     for config in compose.compose("data", argv):
         job.decide(config)
-        prepared = job.prepared_data(config)
+        prepared = job.prepared_data(config, preference=job.is_preference(config["data"]))
         from ftdist.data.show import report, show
 
         print(report(prepared))

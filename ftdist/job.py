@@ -79,6 +79,8 @@ def plan(config: dict[str, Any], rows: int | None = None, examples: int | None =
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
+    if is_preference(config["data"]):
+        raise UserError("data.format=preference: no task trains on preferences yet; `ftdist data` prepares them")
     if examples is None:
         examples = count_rows(config["data"]["path"])
     train, engine, gpu = config["train"], config["engine"]["name"], launcher.gpu()
@@ -247,7 +249,14 @@ def finish(run_dir: Path) -> None:
     page.write(run_dir)
 
 
-def prepared_data(config: dict[str, Any]) -> Path:
+def is_preference(data: dict[str, Any]) -> bool:
+    """Whether `data:` says that its rows are preferences; `ftdist data` prepares them, no task trains on them yet."""
+    path = data["path"]
+    parts = [part for part in path if isinstance(part, dict)] if isinstance(path, list) else []
+    return "preference" in (data["format"], *(part.get("format") for part in parts))
+
+
+def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
     """The prepared data set of this configuration, made now or found in the cache."""
     return prepare(
         **config["data"],
@@ -256,7 +265,7 @@ def prepared_data(config: dict[str, Any]) -> Path:
         trust_remote_code=config["model"]["trust_remote_code"],
         max_length=config["train"]["max_length"],
         packing=config["train"]["packing"],
-        task=config["task"]["name"],
+        task="dpo" if preference else config["task"]["name"],
         seed=config["seed"],
         cache_dir=rundir.cache_root() / "data",
     )

@@ -149,8 +149,8 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
             row = convert(raw, format=source.format, columns=source.columns)
             if ("chosen" in row) != (rules.task == "dpo") and source.kind != "against":
                 if rules.task == "sft":
-                    raise Reject("not for this task", "a row with chosen and rejected needs task=dpo")
-                raise Reject("not for this task", "task=dpo needs rows with chosen and rejected")
+                    raise Reject("not for this task", "has chosen and rejected; see data.format=preference")
+                raise Reject("not for this task", "preference data need chosen and rejected")
         except Reject as error:
             rejects.append(reject_line(source, block.file, line, error, raw))
             continue
