@@ -97,11 +97,8 @@ def content_key(row: dict[str, Any]) -> bytes:
             parts += [m["role"], m["content"]]
             if "tool_calls" in m:
                 parts.append(json.dumps(m["tool_calls"], sort_keys=True))
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(" ".join(part.split()).encode())
-        digest.update(b"\x1e")
-    return digest.digest()
+    whole = "".join([f"{' '.join(part.split())}\x1e" for part in parts])
+    return hashlib.blake2b(whole.encode(), digest_size=16).digest()
 
 
 def reject_line(source: Source, file: int, line: int, error: Reject, raw: Any) -> dict[str, Any]:

@@ -137,18 +137,31 @@ class Template:
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
         """The text; with `prompt` it ends where the assistant is to go on. Reject when the template
         refuses."""
+        filled = self._known(messages, tools, prompt=prompt)
+        return "".join(filled[1]) if filled else self._render(messages, tools, prompt=prompt, tags=False)[0]
+
+    def _known(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool
+    ) -> tuple[_Skeleton, list[str]] | None:
+        """The skeleton and its parts where they are the rendering beyond doubt: the template asks nothing of contents,
+        and the first row of this pattern was compared."""
         if self._opaque is None:
             self._opaque = is_opaque(self._tree())
         if not self._opaque:
-            return self._render(messages, tools, prompt=prompt, tags=False)[0]
+            return None
         known = len(self._skeletons)
         filled = self._filled(messages, tools, prompt=prompt)
-        if filled is not None and len(self._skeletons) == known and all(m["content"].strip() for m in messages):
-            return "".join(filled[1])
-        text = self._render(messages, tools, prompt=prompt, tags=False)[0]
-        if filled is not None and all(m["content"].strip() for m in messages) and "".join(filled[1]) != text:
-            self._opaque = False  # never seen; the first row of every pattern would show it
-        return text
+        if filled is None:
+            return None
+        for message in messages:
+            if not message["content"] or message["content"].isspace():
+                return None
+        if len(self._skeletons) != known and (
+            self._render(messages, tools, prompt=prompt, tags=False)[0] != "".join(filled[1])
+        ):
+            self._opaque = False  # never seen
+            return None
+        return filled
 
     def _tree(self) -> Any:
         import jinja2
@@ -214,8 +227,15 @@ class Template:
             if len(spans) != len(turns):
                 raise Unsegmentable(f"{len(spans)} generation blocks for {len(turns)} assistant turns")
             return text, [(start, self._with_closing(text, start, end)) for start, end in spans]
-        text = self.render(messages, tools)
-        found = self._by_skeleton(text, messages, tools, turns)
+        filled = self._known(messages, tools, prompt=False)
+        if filled is None:
+            text = self._render(messages, tools, prompt=False, tags=False)[0]
+            filled = self._filled(messages, tools, prompt=False)
+            if filled is not None and "".join(filled[1]) != text:
+                filled = None
+        else:
+            text = "".join(filled[1])
+        found = None if filled is None else self._spans(*filled, turns)
         if found is None:
             found = [self._by_prefix(text, messages, tools, i) for i in turns]
             self._check_complete(text, messages, tools)
@@ -233,13 +253,7 @@ class Template:
             return start + len(inside)
         return end + len(self.closing.text) if text.startswith(self.closing.text, end) else end
 
-    def _by_skeleton(
-        self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None, turns: list[int]
-    ) -> list[Span] | None:
-        filled = self._filled(messages, tools, prompt=False)
-        if filled is None or "".join(filled[1]) != text:
-            return None
-        skeleton, parts = filled
+    def _spans(self, skeleton: _Skeleton, parts: list[str], turns: list[int]) -> list[Span]:
         spans, at = [], 0
         for number, part in enumerate(parts):
             if number % 2 and skeleton.order[number // 2] in turns:
@@ -258,9 +272,12 @@ class Template:
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool
     ) -> tuple[_Skeleton, list[str]] | None:
         """The skeleton of these roles, and its pieces with the contents between them."""
-        if tools or any(len(message) != 2 for message in messages):  # tool calls and the like: more than a content
+        if tools:
             return None
-        key = (tuple(message["role"] for message in messages), prompt)
+        for message in messages:
+            if len(message) != 2:  # tool calls and the like: more than a content
+                return None
+        key = (tuple([message["role"] for message in messages]), prompt)
         if key not in self._skeletons:
             if len(self._skeletons) >= 512:
                 self._skeletons.clear()

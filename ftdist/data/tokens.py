@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -142,28 +143,18 @@ def token_range(encoding: Any, span: Span) -> tuple[int, int]:
 
 def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids int32, trained bool) of each row; the first token is never trained on, nothing predicts it."""
-    encoded: list[tuple[np.ndarray, list[tuple[int, int]]]] = [(np.zeros(0, np.int32), [])] * len(rows)
+    encoded: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int32), np.zeros(0, bool))] * len(rows)
     for special in (False, True):
         which = [i for i, row in enumerate(rows) if row.special_tokens is special]
-        texts = [rows[i].text for i in which]
-        fast = frozen.pieces is not None and not special
-        encode = frozen.tokenizer.encode_batch_fast if fast else frozen.tokenizer.encode_batch
-        for i, text, encoding in zip(which, texts, encode(texts, add_special_tokens=special), strict=True):
-            listed = encoding.ids
-            ids = np.array(listed, np.int32)
-            ranges = _ranges(text, listed, ids, rows[i].spans, frozen) if fast else None
-            if ranges is None:
-                if fast:
-                    encoding = frozen.tokenizer.encode(text, add_special_tokens=False)
-                ranges = [token_range(encoding, span) for span in rows[i].spans]
-            encoded[i] = ids, ranges
+        if which:
+            own = [rows[i] for i in which]
+            found = (None if special else _by_spelling(own, frozen)) or _by_offsets(own, frozen, special)
+            for i, pair in zip(which, found, strict=True):
+                encoded[i] = pair
     closing = frozen.template.closing.special
     closing_id = None if closing is None else frozen.tokenizer.token_to_id(closing)
     result = []
-    for row, (ids, ranges) in zip(rows, encoded, strict=True):
-        trained = np.zeros(len(ids), bool)
-        for first, last in ranges:
-            trained[first:last] = True
+    for row, (ids, trained) in zip(rows, encoded, strict=True):
         if row.turns and closing_id is not None and np.count_nonzero(ids[trained] == closing_id) != len(row.spans):
             raise Unsegmentable(f"{closing} does not end each trained turn exactly once")
         if row.append_eos:
@@ -176,25 +167,52 @@ def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndar
     return result
 
 
-def _ranges(
-    text: str, listed: list[int], ids: np.ndarray, spans: list[Span], frozen: Frozen
-) -> list[tuple[int, int]] | None:
-    """The tokens of each span by the bytes that tokens stand for; None unless they spell the text exactly."""
-    assert frozen.pieces is not None and frozen.sizes is not None
-    whole = text.encode()
-    if b"".join(map(frozen.pieces.__getitem__, listed)) != whole:
+def _by_offsets(rows: list[Laid], frozen: Frozen, special: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, trained) of rows; the tokenizer says which characters a token stands for."""
+    result = []
+    found = frozen.tokenizer.encode_batch([row.text for row in rows], add_special_tokens=special)
+    for row, encoding in zip(rows, found, strict=True):
+        ids = np.array(encoding.ids, np.int32)
+        trained = np.zeros(len(ids), bool)
+        for span in row.spans:
+            first, last = token_range(encoding, span)
+            trained[first:last] = True
+        result.append((ids, trained))
+    return result
+
+
+def _by_spelling(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """The same by the bytes that tokens stand for, which spares the tokenizer its offsets. None where they do not
+    spell the texts exactly."""
+    if frozen.pieces is None or frozen.sizes is None:
         return None
-    ends = np.cumsum(frozen.sizes[ids])
-    if len(whole) == len(text):
-        places = spans
-    else:
-        places = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
-    return [
-        (int(np.searchsorted(ends, start, "right")), int(np.searchsorted(ends, end, "left")) + 1)
-        if start < end
-        else (0, 0)
-        for start, end in places
-    ]
+    texts = [row.text for row in rows]
+    listed = [e.ids for e in frozen.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    counts = np.array([len(ids) for ids in listed])
+    ids = np.fromiter(chain.from_iterable(listed), np.int32, int(counts.sum()))
+    whole = [text.encode() for text in texts]
+    ends = np.cumsum(frozen.sizes[ids])  # of the tokens, in bytes of all texts together
+    borders = np.concatenate([[0], np.cumsum(counts)])
+    text_ends = np.cumsum([len(text) for text in whole])
+    spelled = counts.all() and bool((ends[borders[1:] - 1] == text_ends).all())
+    if not spelled or b"".join(map(frozen.pieces.__getitem__, chain.from_iterable(listed))) != b"".join(whole):
+        return None
+    places = []
+    for row, text, start in zip(rows, whole, (text_ends - [len(text) for text in whole]).tolist(), strict=True):
+        for span in row.spans:
+            first, last = span
+            if len(text) != len(row.text):
+                first, last = (len(row.text[:at].encode()) for at in span)
+            if first < last:
+                places.append((start + first, start + last))
+    edges = np.zeros(len(ids) + 1, np.int32)
+    if places:
+        firsts, lasts = np.array(places).T
+        np.add.at(edges, np.searchsorted(ends, firsts, "right"), 1)
+        np.add.at(edges, np.searchsorted(ends, lasts, "left") + 1, -1)
+    trained = np.cumsum(edges[:-1]) > 0
+    cuts = borders.tolist()
+    return [(ids[a:b], trained[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
 def spelling(tokenizer: Any) -> list[bytes] | None:
