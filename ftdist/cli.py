@@ -144,7 +144,7 @@ def data(argv: list[str]) -> int:
         raise UserError(f"--show={count}: how many rows? --show 5")
     for config in compose.compose("data", argv):
         job.decide(config)
-        prepared = job.prepared_data(config)
+        prepared = job.prepared_data(config, preference=job.is_preference(config["data"]))
         from ftdist.data.show import report, show
 
         print(report(prepared))
@@ -157,7 +157,7 @@ def data(argv: list[str]) -> int:
 
 def scan(argv: list[str]) -> int:
     """Scan a model's weights and select from them, as strategy=spectrum would."""
-    from ftdist import compose, job, launcher, models
+    from ftdist import compose, job, models
     from ftdist.spectrum import verb
 
     if not any(word.startswith("strategy=") for word in argv):
@@ -171,7 +171,7 @@ def scan(argv: list[str]) -> int:
         output = Path(named or f"scans/{Path(model['path']).name}").expanduser().absolute()
         verb.run(
             model_path=models.local_path(model["path"], model["revision"]),
-            processes=launcher.cores() if processes == "auto" else processes,
+            processes=None if processes == "auto" else processes,
             device="auto",
             output_dir=output,
             shapes=job.shapes_of(model).architecture.parameters,

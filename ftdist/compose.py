@@ -17,7 +17,7 @@ from ftdist import schema, trainkeys
 from ftdist.errors import UserError
 
 # Mappings that take keys which their YAML does not show; the names under `train` are known.
-OPEN = r"(?:train\.(\w+)(?:\.\w+)*|engine\.zero\.\w+|data\.columns\.\w+|data\.template_keywords\.\w+)="
+OPEN = r"(?:train\.(\w+)(?:\.\w+)*|engine\.zero\.\w+|data\.(?:columns|template_keywords)(?:\.\w+)?)="
 HYDRAS = r"hydra\.(sweeper\.\w+|searchpath)="  # keys of Hydra itself that do something here
 
 
@@ -187,6 +187,9 @@ def _explained(failure: Exception, words: list[str]) -> str:
         return f"{group}={choice}: no such choice; known: {', '.join(known)}"
     if match := re.match(r"Ambiguous value for argument '(.+)'", text):
         return f"{match[1].lstrip('+')}: several values; add -m to run them one after another"
+    if override and type(failure).__name__ == "OverrideParseException":
+        key, _, value = override.partition("=")
+        return f"""{override}: not understood ({first.strip()}); put the value in quotes: '{key}="{value}"'"""
     override = override or str(getattr(failure, "full_key", None) or "")
     return f"{override}: {first.strip()}" if override else first.strip()
 

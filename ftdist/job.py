@@ -36,8 +36,8 @@ from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "eval", "export", "chat", "tracking",
-          "checkpoint", "health")  # fmt: skip
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "health", "eval",
+          "export", "chat", "tracking")  # fmt: skip
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
 BF16_CAPABILITY = 8.0  # Ampere, the first GPUs with bfloat16
@@ -123,6 +123,8 @@ def plan(
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
+    if is_preference(config["data"]):
+        raise UserError("data.format=preference: no task trains on preferences yet; `ftdist data` prepares them")
     asked = shapes is None
     if examples is None and asked:
         examples = count_rows(config["data"]["path"])
@@ -333,7 +335,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
         keys = schema.pick(measure, config["strategy"])
-        config["strategy"] |= measure(base, model["path"], run_dir, launcher.cores(), **keys)
+        config["strategy"] |= measure(base, model["path"], run_dir, launcher.workers(), **keys)
     report = json.loads((prepared / "data_report.json").read_text(encoding="utf-8"))
     if report["validation"] == 0:
         if config["eval"]["samples"]:
@@ -409,7 +411,14 @@ def _counted(ranks: list[dict[str, Any]]) -> dict[str, int]:
     return counted
 
 
-def prepared_data(config: dict[str, Any]) -> Path:
+def is_preference(data: dict[str, Any]) -> bool:
+    """Whether `data:` says that its rows are preferences; `ftdist data` prepares them, no task trains on them yet."""
+    path = data["path"]
+    parts = [part for part in path if isinstance(part, dict)] if isinstance(path, list) else []
+    return "preference" in (data["format"], *(part.get("format") for part in parts))
+
+
+def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
     """The prepared data set of this configuration, made now or found in the cache."""
     return prepare(
         **config["data"],
@@ -418,7 +427,7 @@ def prepared_data(config: dict[str, Any]) -> Path:
         trust_remote_code=config["model"]["trust_remote_code"],
         max_length=config["train"]["max_length"],
         packing=config["train"]["packing"],
-        task=config["task"]["name"],
+        task="dpo" if preference else config["task"]["name"],
         seed=config["seed"],
         cache_dir=rundir.cache_root() / "data",
     )

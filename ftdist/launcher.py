@@ -77,6 +77,15 @@ def devices() -> tuple[int, str]:
     return cores(), "CPU core"
 
 
+def workers(ranks: int = 1, core_ranks: int = 1) -> int:
+    """Processes for work before training: one for each GPU, or up to eight on the cores (each holds a matrix).
+
+    ranks: that share the GPUs; core_ranks: that share the cores.
+    """
+    count, kind = devices()
+    return max(1, count // ranks if kind == "GPU" else min(8, count // core_ranks))
+
+
 @functools.cache
 def gpu() -> tuple[int, float] | None:
     """Bytes of memory and compute capability of this machine's smallest GPU; None without one."""

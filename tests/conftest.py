@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# Before numpy and torch are imported: the cores belong to xdist.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
 SCRIPTS = sysconfig.get_path("scripts")
 SEED = 7
 ROWS = 120  # of the chat file, before the split

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-SHARD_TOKENS = 16_000_000
+SHARD_TOKENS = 8_000_000
 _BATCH_ROWS = 1_000
 
 

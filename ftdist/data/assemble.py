@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from ftdist.data import arrow, pack
 from ftdist.data.clean import json_line
+from ftdist.data.column import Columns, in_parts, scratch
 from ftdist.data.decide import Found, Rows
 from ftdist.data.encode import (
     DPO_COLUMNS,
@@ -28,20 +29,42 @@ from ftdist.data.pool import Pool, Progress
 
 
 class Sequences:
-    """All encoded sequences in the order of the rows, as arrays."""
+    """All encoded sequences in the order of the rows, as columns in files."""
 
-    def __init__(self, encoded: list[Encoded], bases: np.ndarray) -> None:
-        empty = np.zeros(0, np.int32)
-        self.lengths = np.concatenate([e.lengths for e in encoded] or [empty])
-        self.side = np.concatenate([e.side for e in encoded] or [empty])
-        self.trained = np.concatenate([e.trained for e in encoded] or [empty])
-        self.parts = np.concatenate([e.parts for e in encoded] or [empty.reshape(0, 3)])
-        self.row = np.concatenate([e.rows + bases[i] for i, e in enumerate(encoded)] or [empty]).astype(np.int64)
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[:-1]
+    def __init__(self, work: Path, is_dpo: bool) -> None:
+        parts = {"parts": (np.int32, 3)} if is_dpo else {}
+        self._columns = Columns(
+            work, "sequences", lengths=np.int32, side=np.uint8, trained=np.int32, row=np.int64, **parts
+        )
+        self._work = work
         self.overlong: Counter[str] = Counter()
-        for e in encoded:
-            self.overlong.update(e.overlong)
-        self.dropped = np.concatenate([e.dropped + bases[i] for i, e in enumerate(encoded)] or [empty]).astype(np.int64)
+        self.dropped = np.zeros(0, np.int64)
+
+    def add(self, encoded: Encoded, base: int) -> None:
+        """The sequences of a block whose first row is number `base`."""
+        numbers = {"lengths": encoded.lengths, "side": encoded.side, "trained": encoded.trained}
+        numbers["row"] = encoded.rows.astype(np.int64) + base
+        self._columns.append(**numbers, **({"parts": encoded.parts} if "parts" in self._columns else {}))
+        self.overlong.update(encoded.overlong)
+        self.dropped = np.concatenate([self.dropped, encoded.dropped.astype(np.int64) + base])
+
+    def complete(self) -> None:
+        found = self._columns.mapped()
+        self.lengths, self.side, self.trained, self.row = (found[n] for n in ("lengths", "side", "trained", "row"))
+        self.parts = found.get("parts", np.broadcast_to(np.int32(0), (len(self.row), 3)))
+        self.offsets = scratch(self._work, "offsets", np.int64, len(self.row))  # where each begins, in tokens
+        total = 0
+        for part in in_parts(len(self.row)):
+            ends = np.cumsum(self.lengths[part], dtype=np.int64) + total
+            self.offsets[part] = ends - self.lengths[part]
+            total = int(ends[-1])
+
+    def rows_of(self, side: int, rows: int) -> np.ndarray:
+        """Which of so many rows have a sequence on this side."""
+        result = np.zeros(rows, bool)
+        for part in in_parts(len(self.row)):
+            result[self.row[part][self.side[part] == side]] = True
+        return result
 
 
 def encode(rows: Rows, found: Found, laying: Laying, work: Path, made: Path, processes: Pool) -> Sequences:
@@ -58,7 +81,7 @@ def encode(rows: Rows, found: Found, laying: Laying, work: Path, made: Path, pro
         )
         for i, block in enumerate(rows.blocks)
     )
-    done = []
+    sequences = Sequences(work, laying.task == "dpo")
     with (
         (made / "rejects.jsonl").open("a", encoding="utf-8") as rejects,
         (made / "validation_rows.jsonl").open("w", encoding="utf-8") as validation,
@@ -75,10 +98,11 @@ def encode(rows: Rows, found: Found, laying: Laying, work: Path, made: Path, pro
                 with piece.open("rb") as part:
                     shutil.copyfileobj(part, file, 1 << 20)
                 piece.unlink()
-            done.append(replace(encoded, rejects=[], validation=""))
+            sequences.add(encoded, int(rows.bases[i]))
             progress.add(int(rows.bases[i + 1] - rows.bases[i]))
     progress.done()
-    return Sequences(done, rows.bases)
+    sequences.complete()
+    return sequences
 
 
 def write_parts(
@@ -99,7 +123,7 @@ def write_parts(
     columns = DPO_COLUMNS if laying.task == "dpo" else SFT_COLUMNS
     for name, side in (("train", TRAIN), ("validation", VALIDATION)):
         chosen = np.flatnonzero(sequences.side == side)
-        if side == TRAIN:
+        if side == TRAIN and times.strides != (0,):
             chosen = np.repeat(chosen, times[sequences.row[chosen]])
         lengths = sequences.lengths[chosen]
         if packing and laying.task == "sft":
@@ -107,17 +131,19 @@ def write_parts(
             # bins come out longest sequence first; the order of rows must not depend on length
             shuffled = np.random.Generator(np.random.PCG64([seed, side])).permutation(count)
             bin_of = shuffled[bin_of]
-            order = np.lexsort((np.arange(len(bin_of)), bin_of))
+            order = np.argsort(bin_of, kind="stable")
             per_row = np.bincount(bin_of, minlength=count)
         else:
             order, per_row = np.arange(len(chosen)), np.ones(len(chosen), np.int64)
         chosen = chosen[order]
         folder = made / name
         folder.mkdir()
-        shards = _shards(folder, laying.task, sequences, rows, chosen, per_row)
+        cuts = _cuts(sequences, chosen, per_row)
+        paths = [folder / f"data-{number:05d}-of-{len(cuts) - 1:05d}.arrow" for number in range(len(cuts) - 1)]
+        shards = _shards(paths, cuts, laying.task, sequences, rows, chosen, per_row)
         for written in processes.map(write, ((work, shard) for shard in shards)):
             progress.add(written)
-        arrow.finish(folder, columns, [s.path.name for s in shards], fingerprint=f"{key[:30]}{name}")
+        arrow.finish(folder, columns, [path.name for path in paths], fingerprint=f"{key[:30]}{name}")
         sizes[name] = {
             "rows": len(per_row),
             "sequences": len(chosen),
@@ -129,30 +155,39 @@ def write_parts(
     return sizes
 
 
-def _shards(
-    folder: Path, task: str, sequences: Sequences, rows: Rows, chosen: np.ndarray, per_row: np.ndarray
-) -> list[Shard]:
-    """Cuts the rows into files of limited size."""
-    first = np.concatenate([[0], np.cumsum(per_row)])
-    tokens = np.concatenate([[0], np.cumsum(sequences.lengths[chosen], dtype=np.int64)])[first]
+def _cuts(sequences: Sequences, chosen: np.ndarray, per_row: np.ndarray) -> list[int]:
+    """Rows where files of limited size begin and end."""
+    ends = np.cumsum(sequences.lengths[chosen], dtype=np.int64)
+    tokens = np.zeros(len(per_row) + 1, np.int64)
+    tokens[1:] = ends[np.cumsum(per_row) - 1]
     cuts = [0]
     while cuts[-1] < len(per_row):
         limit = tokens[cuts[-1]] + arrow.SHARD_TOKENS
         cuts.append(max(cuts[-1] + 1, int(np.searchsorted(tokens, limit, "right")) - 1))
     if len(cuts) == 1:
         cuts.append(0)  # an empty part is one empty file
-    result = []
-    for number, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    return cuts
+
+
+def _shards(
+    paths: list[Path],
+    cuts: list[int],
+    task: str,
+    sequences: Sequences,
+    rows: Rows,
+    chosen: np.ndarray,
+    per_row: np.ndarray,
+) -> Iterator[Shard]:
+    """The files, made one after another: their numbers are copies."""
+    first = np.concatenate([[0], np.cumsum(per_row)])
+    for path, start, stop in zip(paths, cuts, cuts[1:], strict=False):
         which = chosen[first[start] : first[stop]]
-        result.append(
-            Shard(
-                folder / f"data-{number:05d}-of-{len(cuts) - 1:05d}.arrow",
-                task,
-                sequences.offsets[which],
-                sequences.lengths[which],
-                rows.source[sequences.row[which]].astype(np.int32),
-                sequences.parts[which],
-                per_row[start:stop],
-            )
+        yield Shard(
+            path,
+            task,
+            sequences.offsets[which],
+            sequences.lengths[which],
+            rows.source[sequences.row[which]].astype(np.int32),
+            sequences.parts[which],
+            per_row[start:stop],
         )
-    return result

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ftdist.data import text as texts
+from ftdist.data.column import Columns
 from ftdist.data.formats import Reject, convert, ignored
 from ftdist.data.reading import BadRow, Block, parse
 from ftdist.data.sources import KINDS, Source
@@ -50,8 +51,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """A block after the first pass. Arrays have one entry a row that could be read; the rows lie in
-    rows-N.pkl."""
+    """A block after the first pass. Arrays have one entry a row that could be read, and go to files when the block
+    has arrived (`columns`); the rows lie in rows-N.pkl."""
 
     block: int
     source: int
@@ -64,6 +65,7 @@ class Cleaned:
     ids: np.ndarray  # uint64: hash of the row's own id, 0 without one
     scripts: np.ndarray
     ignored: tuple[str, ...]  # columns of the first row that nothing reads
+    count: int
     reject_reasons: list[str] = field(default_factory=list)
 
 
@@ -95,11 +97,8 @@ def content_key(row: dict[str, Any]) -> bytes:
             parts += [m["role"], m["content"]]
             if "tool_calls" in m:
                 parts.append(json.dumps(m["tool_calls"], sort_keys=True))
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(" ".join(part.split()).encode())
-        digest.update(b"\x1e")
-    return digest.digest()
+    whole = "".join([f"{' '.join(part.split())}\x1e" for part in parts])
+    return hashlib.blake2b(whole.encode(), digest_size=16).digest()
 
 
 def reject_line(source: Source, file: int, line: int, error: Reject, raw: Any) -> dict[str, Any]:
@@ -147,8 +146,8 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
             row = convert(raw, format=source.format, columns=source.columns)
             if ("chosen" in row) != (rules.task == "dpo") and source.kind != "against":
                 if rules.task == "sft":
-                    raise Reject("not for this task", "a row with chosen and rejected needs task=dpo")
-                raise Reject("not for this task", "task=dpo needs rows with chosen and rejected")
+                    raise Reject("not for this task", "has chosen and rejected; see data.format=preference")
+                raise Reject("not for this task", "preference data need chosen and rejected")
         except Reject as error:
             rejects.append(reject_line(source, block.file, line, error, raw))
             continue
@@ -181,7 +180,13 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
         ids,
         scripts.sum(0) if count else np.zeros(len(texts.SCRIPTS), np.int64),
         unread or (),
+        count,
     )
+
+
+def columns(folder: Path) -> Columns:
+    """For the numbers of all rows."""
+    return Columns(folder, "rows", lines=np.uint32, status=np.uint8, keys=(U64, 2), ids=U64)
 
 
 def _measure(rules: Rules, folder: Path, index: int, said: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:

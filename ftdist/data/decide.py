@@ -9,6 +9,7 @@ import numpy as np
 
 from ftdist.data import duplicates
 from ftdist.data.clean import FILTERS, KEPT, Cleaned, Rules, kind_of
+from ftdist.data.column import in_parts, scratch
 from ftdist.data.encode import TRAIN, VALIDATION
 from ftdist.data.pool import Pool, Progress
 from ftdist.data.sources import Source
@@ -18,21 +19,18 @@ U64 = np.uint64
 
 
 class Rows:
-    """All rows that could be read, as arrays; a row is a number. Some 40 bytes each, the texts stay on
-    disk."""
+    """All rows that could be read, as columns in files; a row is a number. Their texts stay on disk too."""
 
-    def __init__(self, cleaned: list[Cleaned], sources: list[Source]) -> None:
+    def __init__(self, cleaned: list[Cleaned], numbers: dict[str, np.ndarray], sources: list[Source]) -> None:
         self.cleaned = cleaned
         self.sources = sources
         self.blocks = [c.block for c in cleaned]
-        counts = [len(c.status) for c in cleaned]
+        counts = [c.count for c in cleaned]
         self.bases = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.source = np.repeat(np.array([c.source for c in cleaned], np.int16), counts)
         kinds = np.array([kind_of(s) for s in sources], np.int8)
         self.kind = kinds[self.source]
-        self.keys = np.concatenate([c.keys for c in cleaned]) if cleaned else np.zeros((0, 2), U64)
-        self.status = np.concatenate([c.status for c in cleaned]) if cleaned else np.zeros(0, np.uint8)
-        self.ids = np.concatenate([c.ids for c in cleaned]) if cleaned else np.zeros(0, U64)
+        self.keys, self.status, self.ids, self.lines = (numbers[n] for n in ("keys", "status", "ids", "lines"))
         ours = [c for c in cleaned if sources[c.source].kind != "against"]
         self.seen = sum(c.seen for c in ours)
         self.rejected: Counter[str] = Counter(r for c in ours for r in c.reject_reasons)
@@ -58,7 +56,7 @@ class Found:
         self.near_removed = False
         self.contaminated = nothing
         self.filtered: dict[str, int] = {}
-        self.times = np.ones(rows, np.int16)
+        self.times = np.broadcast_to(np.int16(1), rows)
         self.notes: list[str] = []
 
 
@@ -84,13 +82,13 @@ def decide(
 
     progress = Progress("duplicates", "rows")
     if exact_duplicates == "remove":
-        twins = duplicates.exact(rows.keys, alive)
+        twins = duplicates.exact(rows.keys, alive, work)
         twins = _pick(twins, train[twins.later])
         from_tests = rows.kind[twins.earlier] == 0
         found.exact = _pick(twins, ~from_tests)
         twice.append(_pick(twins, from_tests))
         alive[twins.later] = False
-    root = np.arange(len(rows))
+    root: np.ndarray | None = None  # first row of each group of near-duplicates that stay together
     if near_duplicates != "off":
         twins = duplicates.near(
             work, rows.blocks, rows.bases, alive, bands=rules.bands, threshold=near_threshold, pool=processes
@@ -107,26 +105,29 @@ def decide(
         found.near = _pick(twins, ~from_tests)
     progress.add(len(rows))
 
-    mine = np.flatnonzero(alive & train)
+    mine = alive & train
+    several = int(mine.sum()) > 1
     found.side[mine] = TRAIN
     if explicit:
         found.side[alive & (rows.kind == 1)] = VALIDATION
-    elif validation_share and len(mine):
-        draw = _draw(rows.keys[root], rules.seed)
-        held = np.zeros(len(rows), bool)
+    elif validation_share and mine.any():
+        draw = _draw(rows.keys, rules.seed, work)
+        if root is not None:
+            draw = draw[root]
         if stratify:
+            held = np.zeros(len(rows), bool)
             for source in np.unique(rows.source[mine]):
-                own = mine[rows.source[mine] == source]
+                own = np.flatnonzero(mine & (rows.source == source))
                 count = round(validation_share * len(own))
                 held[own[np.argsort(draw[own], kind="stable")[:count]]] = True
-            held = held[root] & alive & train
+            held = (held if root is None else held[root]) & mine
         else:
-            held[mine] = draw[mine] < validation_share
-        if not held.any() and len(mine) > 1:
-            held[mine[np.argmin(draw[mine])]] = True
+            held = mine & (draw < validation_share)
+        if not held.any() and several:
+            held[np.argmin(np.where(mine, draw, 2))] = True
             found.notes.append("the share would leave no validation row; one is held out all the same")
-        if held[mine].all() and len(mine) > 1:
-            held[mine[np.argmax(draw[mine])]] = False
+        if held[mine].all() and several:
+            held[np.argmax(np.where(mine, draw, -1))] = False
             found.notes.append("the share would leave no training row; one is kept all the same")
         found.side[held] = VALIDATION
 
@@ -142,12 +143,12 @@ def decide(
             found.side[bad] = 0
     if twice:
         found.contaminated = duplicates.Twins(*(np.concatenate(parts) for parts in zip(*twice, strict=True)))
-    weights = np.array([s.weight for s in rules.sources])[rows.source]
-    whole = np.floor(weights)
-    found.times = (whole + (_draw(rows.keys, rules.seed + 1) < weights - whole)).astype(np.int16)
+    weights = np.array([s.weight for s in rules.sources])
+    if (weights != 1).any():
+        found.times = _times(rows, weights, rules.seed, work)
     progress.done()
     if not (found.side == TRAIN).any():
-        left = "" if not len(mine) else " (all that was left shares text with the validation rows)"
+        left = "" if not mine.any() else " (all that was left shares text with the validation rows)"
         raise UserError(f"data.path: no training row is left after cleaning{left}; see data.* filters and duplicates")
     return found
 
@@ -156,9 +157,22 @@ def _pick(twins: duplicates.Twins, which: np.ndarray) -> duplicates.Twins:
     return duplicates.Twins(*(part[which] for part in twins))
 
 
-def _draw(keys: np.ndarray, seed: int) -> np.ndarray:
+def _times(rows: Rows, weights: np.ndarray, seed: int, work: Path) -> np.ndarray:
+    """How often an epoch holds each row."""
+    times = scratch(work, "times", np.int16, len(rows))
+    draw = _draw(rows.keys, seed + 1, work)
+    for part in in_parts(len(rows)):
+        weight = weights[rows.source[part]]
+        times[part] = np.floor(weight) + (draw[part] < weight - np.floor(weight))
+    return times
+
+
+def _draw(keys: np.ndarray, seed: int, work: Path) -> np.ndarray:
     """A number in [0, 1) for each row: a function of its content and the seed alone."""
-    x = keys[:, 0] ^ (keys[:, 1] + U64((0x9E3779B97F4A7C15 * (seed + 1)) % (1 << 64)))
-    for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
-        x = (x ^ (x >> U64(31))) * U64(factor)
-    return (x >> U64(11)).astype(np.float64) / (1 << 53)
+    result = scratch(work, f"draw-{seed}", np.float64, len(keys))
+    for part in in_parts(len(keys)):
+        x = keys[part, 0] ^ (keys[part, 1] + U64((0x9E3779B97F4A7C15 * (seed + 1)) % (1 << 64)))
+        for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+            x = (x ^ (x >> U64(31))) * U64(factor)
+        result[part] = (x >> U64(11)).astype(np.float64) / (1 << 53)
+    return result

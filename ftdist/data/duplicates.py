@@ -15,12 +15,13 @@ import numpy as np
 
 from ftdist.data import text
 from ftdist.data.clean import PARTITIONS, load_rows, row_texts
+from ftdist.data.column import in_parts, pieces, scratch
 from ftdist.data.pool import Pool
 
 U64 = np.uint64
 # buckets up to this size are compared pair by pair, larger ones with their first row and their neighbour
 _ALL_PAIRS = 16
-_TASK_ENTRIES = 4_000_000  # n-grams that a task holds at once
+_TASK_ENTRIES = 1_000_000  # n-grams that a task holds at once
 
 
 class Twins(NamedTuple):
@@ -38,19 +39,29 @@ def group_starts(ordered: np.ndarray) -> np.ndarray:
     return np.flatnonzero(changes)
 
 
-def exact(keys: np.ndarray, alive: np.ndarray) -> Twins:
-    """Every alive row but the first of each group with one key."""
-    rows = np.flatnonzero(alive)
-    if not len(rows):
-        return Twins(rows, rows, np.ones(0))
-    both = keys[rows, 0] ^ (keys[rows, 1] * U64(0x9E3779B97F4A7C15))
-    order = np.argsort(both, kind="stable")
-    ordered = both[order]
-    starts = group_starts(ordered)
-    first = np.repeat(rows[order[starts]], np.diff([*starts, len(rows)]))
-    rows = rows[order]
-    later = rows != first
-    return Twins(rows[later], first[later], np.ones(int(later.sum())))
+def exact(keys: np.ndarray, alive: np.ndarray, folder: Path) -> Twins:
+    """Every alive row but the first of each group with one key; sorted a piece at a time."""
+    both = scratch(folder, "both", U64, len(keys))
+    piece = np.zeros(len(keys), np.uint8)
+    count = pieces(len(keys))
+    for part in in_parts(len(keys)):
+        both[part] = keys[part, 0] ^ (keys[part, 1] * U64(0x9E3779B97F4A7C15))
+        piece[part] = (both[part] >> U64(56)) // U64(256 // count)
+    later, earlier = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for number in range(count):
+        rows = np.flatnonzero(alive & (piece == number))
+        if not len(rows):
+            continue
+        own = both[rows]
+        order = np.argsort(own, kind="stable")
+        starts = group_starts(own[order])
+        first = np.repeat(rows[order[starts]], np.diff([*starts, len(rows)]))
+        rows = rows[order]
+        repeats = rows != first
+        later.append(rows[repeats])
+        earlier.append(first[repeats])
+    twins = np.concatenate(later)
+    return Twins(twins, np.concatenate(earlier), np.ones(len(twins)))
 
 
 def near(
@@ -76,8 +87,7 @@ def near(
     if not len(known):
         nothing = np.zeros(0, np.int64)
         return Twins(nothing, nothing, np.zeros(0))
-    bounds = _join_shingles(folder, blocks, bases)
-    np.save(folder / "shingle_bounds.npy", bounds)
+    _join_shingles(folder, blocks, bases)
     step = 20_000
     later, earlier, overlap = [], [], []
     for start, jaccard in zip(
@@ -94,15 +104,28 @@ def near(
 
 
 def band_pairs(task: tuple[Path, list[int], int]) -> np.ndarray:
-    """Candidates of one band, as later << 32 | earlier."""
+    """Candidates of one band, as later << 32 | earlier; a piece of the buckets at a time."""
     folder, blocks, band = task
-    alive = np.load(folder / "alive.npy")
+    alive = np.load(folder / "alive.npy", mmap_mode="r")
     assert len(alive) < 1 << 32
-    buckets = np.concatenate([np.load(folder / f"bands-{b}.npy", mmap_mode="r")[band] for b in blocks])
-    rows = np.flatnonzero(alive)
-    buckets = buckets[rows]
+    count = pieces(len(alive))
+    pairs = [np.zeros(0, U64)]
+    for number in range(count):
+        at, buckets, rows = 0, [np.zeros(0, U64)], [np.zeros(0, U64)]
+        for block in blocks:
+            own = np.load(folder / f"bands-{block}.npy", mmap_mode="r")[band]
+            inside = np.flatnonzero(((own >> U64(56)) // U64(256 // count) == number) & alive[at : at + len(own)])
+            buckets.append(own[inside])
+            rows.append((inside + at).astype(U64))
+            at += len(own)
+        pairs.append(_candidates(np.concatenate(buckets), np.concatenate(rows)))
+    return np.unique(np.concatenate(pairs))
+
+
+def _candidates(buckets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Pairs of rows that share a bucket."""
     order = np.argsort(buckets, kind="stable")  # rows of a bucket stay in their order
-    ordered, rows = buckets[order], rows[order].astype(U64)
+    ordered, rows = buckets[order], rows[order]
     starts = group_starts(ordered)
     sizes = np.diff([*starts, len(rows)])
     pairs: list[np.ndarray] = [np.zeros(0, U64)]
@@ -115,12 +138,14 @@ def band_pairs(task: tuple[Path, list[int], int]) -> np.ndarray:
         group = rows[start : start + size]
         pairs.append((group[1:] << U64(32)) | group[0])
         pairs.append((group[2:] << U64(32)) | group[1:-1])
-    return np.unique(np.concatenate(pairs))
+    return np.concatenate(pairs)
 
 
-def _join_shingles(folder: Path, blocks: list[int], bases: np.ndarray) -> np.ndarray:
-    """All sets in one file `shingles.bin`; returns where each row's begins and ends, in entries."""
-    bounds = np.zeros(int(bases[-1]) + 1, np.int64)
+def _join_shingles(folder: Path, blocks: list[int], bases: np.ndarray) -> None:
+    """All sets in one file `shingles.bin`; where each row's begins and ends, in entries: `shingle_bounds.npy`."""
+    bounds = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        folder / "shingle_bounds.npy", "w+", np.int64, (int(bases[-1]) + 1,)
+    )
     at = 0
     with (folder / "shingles.bin").open("wb") as file:
         for number, block in enumerate(blocks):
@@ -130,7 +155,7 @@ def _join_shingles(folder: Path, blocks: list[int], bases: np.ndarray) -> np.nda
             file.write(hashes.tobytes())
             at += len(hashes)
             (folder / f"shingles-{block}.npy").unlink()
-    return bounds
+    bounds.flush()
 
 
 def verify(task: tuple[Path, np.ndarray]) -> np.ndarray:

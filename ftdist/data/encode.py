@@ -229,10 +229,13 @@ def encode_block(task: tuple[Path, Laying, Source, int, int, np.ndarray]) -> Enc
         (folder / f"marks-{number}.bin").open("wb") as marks,
     ):
         for group in block.batches(picked):
-            for sequence in block.pairs(group) if laying.task == "dpo" else block.texts(group):
-                ids.write(sequence.ids.tobytes())
-                marks.write(sequence.trained.tobytes())
-                done.append((sequence.row, len(sequence.ids), int(sequence.trained.sum()), sequence.parts))
+            made = block.pairs(group) if laying.task == "dpo" else block.texts(group)
+            if made:
+                ids.write(np.concatenate([sequence.ids for sequence in made]).tobytes())
+                marks.write(np.concatenate([sequence.trained for sequence in made]).tobytes())
+            for sequence in made:
+                trained = int(np.count_nonzero(sequence.trained))
+                done.append((sequence.row, len(sequence.ids), trained, sequence.parts))
                 if wanted[sequence.row] == VALIDATION and sequence.row not in validation:
                     validation[sequence.row] = block.validation_line(sequence.row)
     rows = np.array([d[0] for d in done], np.int32)

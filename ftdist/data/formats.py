@@ -125,8 +125,9 @@ def detect(row: dict[str, Any]) -> str | None:
         return "alpaca"
     if "prompt" in row and "completion" in row:
         return "prompt_completion"
-    if any(q in row and a in row for q, a in PAIRS):
-        return "question_answer"
+    for question, answer in PAIRS:
+        if question in row and answer in row:
+            return "question_answer"
     if "text" in row:
         return "text"
     if "messages" in row:
@@ -421,19 +422,21 @@ def _with_system(messages: list[dict[str, Any]], raw: dict[str, Any]) -> list[di
     return [_message("system", text), *messages]
 
 
+_BEFORE = {
+    "system": ("start",),
+    "user": ("start", "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+
+
 def _check_order(messages: list[dict[str, Any]]) -> None:
     """[system] user assistant …, tool results only after an assistant's turn, an assistant's turn at the
     end."""
     before = "start"
     for number, message in enumerate(messages):
         role = message["role"]
-        allowed = {
-            "system": ("start",),
-            "user": ("start", "system", "assistant"),
-            "assistant": ("user", "tool"),
-            "tool": ("assistant", "tool"),
-        }[role]
-        if before not in allowed:
+        if before not in _BEFORE[role]:
             raise Reject("roles out of order", f"message {number}: {role} after {before}")
         before = role
     if before != "assistant":

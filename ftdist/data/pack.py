@@ -9,18 +9,18 @@ import numpy as np
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """(bin of each sequence int64, number of bins). Every length must lie in 1 … capacity.
+    """(bin of each sequence int32, number of bins). Every length must lie in 1 … capacity.
 
     The longest sequence first, each into the fullest bin that still holds it (Johnson 1974). Bins with the
     same room are interchangeable, so all sequences of one length are placed together.
     """
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity)
-    order = np.argsort(-lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable").astype(np.int32)  # less than 2**31: a sequence is a token at least
     ordered = lengths[order]
     changes = np.ones(len(ordered), bool)
     changes[1:] = ordered[1:] != ordered[:-1]
     starts = np.flatnonzero(changes)
-    bin_of = np.empty(len(lengths), np.int64)
+    bin_of = np.empty(len(lengths), np.int32)
     rooms: list[int] = []  # sorted: the rooms of which there is a bin
     with_room: dict[int, list[np.ndarray]] = {}
     bins = 0
@@ -46,7 +46,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
                 room = capacity
                 each = capacity // length
                 count = -(-len(members) // each)
-                free = np.arange(bins, bins + count)
+                free = np.arange(bins, bins + count, dtype=np.int32)
                 bins += count
             each = room // length  # one bin is filled up before the next of the same room: it is the fuller one
             full, rest = divmod(len(members), each)

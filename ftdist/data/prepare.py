@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
+import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from ftdist.data import cache, report
 from ftdist.data.assemble import encode, write_parts
 from ftdist.data.clean import Cleaned, Rules, clean_block, json_line
+from ftdist.data.clean import columns as columns_of_rows
+from ftdist.data.column import Columns
 from ftdist.data.decide import Rows, decide
 from ftdist.data.encode import TRAIN, Laying
 from ftdist.data.formats import COLUMNS
@@ -158,9 +161,9 @@ def prepare(
                 keywords=template_keywords,
                 to=work / "tokenizer",
             )
-            cleaned = _clean(rules, work, made, processes, loading)
+            cleaned, numbers = _clean(rules, work, made, processes, loading)
             frozen = loading.result()
-            rows = Rows(cleaned, sources)
+            rows = Rows(cleaned, numbers.mapped(), sources)
             _too_many_rejects(rows.rejected, rows.seen, max_rejects, made, final, sources)
             found = decide(
                 rows,
@@ -244,10 +247,13 @@ def _freeze(path: str, **options: Any) -> dict[str, Any]:
     return freeze_tokenizer(path, **options)
 
 
-def _clean(rules: Rules, work: Path, made: Path, processes: Pool, loading: Future[dict[str, Any]]) -> list[Cleaned]:
-    """The first pass. It stops as soon as the tokenizer turns out to be unusable."""
+def _clean(
+    rules: Rules, work: Path, made: Path, processes: Pool, loading: Future[dict[str, Any]]
+) -> tuple[list[Cleaned], Columns]:
+    """The first pass: the blocks without their numbers, and these. It stops as soon as the tokenizer turns out to be
+    unusable."""
     progress = Progress("read and clean", "rows")
-    result = []
+    result, numbers, none = [], columns_of_rows(work), np.zeros(0)
     with (made / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
         for cleaned in processes.map(clean_block, ((rules, work, b) for b in blocks(list(rules.sources)))):
             for reject in cleaned.rejects:
@@ -256,12 +262,16 @@ def _clean(rules: Rules, work: Path, made: Path, processes: Pool, loading: Futur
             example = cleaned.rejects[:1]
             for shown in example:
                 shown["row"] = None
-            result.append(replace(cleaned, rejects=example, reject_reasons=reasons))
+            arrays = {name: getattr(cleaned, name) for name in ("lines", "status", "keys", "ids")}
+            numbers.append(**arrays)
+            result.append(
+                replace(cleaned, rejects=example, reject_reasons=reasons, **dict.fromkeys(arrays, none))  # type: ignore[arg-type]
+            )
             progress.add(cleaned.seen)
             if loading.done():
                 loading.result()
     progress.done()
-    return result
+    return result, numbers
 
 
 def _too_many_rejects(

@@ -31,8 +31,7 @@ def summarise(
     key: str,
 ) -> dict[str, Any]:
     """data_report.json, and dropped.jsonl beside it."""
-    final_train = np.unique(encoded.row[encoded.side == TRAIN])
-    final_validation = np.unique(encoded.row[encoded.side == VALIDATION])
+    final_train, final_validation = (encoded.rows_of(side, len(rows)) for side in (TRAIN, VALIDATION))
     ours = rows.kind != 0
     ids = rows.ids[ours & (rows.ids != 0)]
     train, validation = sizes["train"], sizes["validation"]
@@ -48,8 +47,8 @@ def summarise(
         "duplicates_near": len(found.near.later),
         "contaminated": len(found.contaminated.later),
         "overlong_dropped": int(encoded.overlong["dropped"]),
-        "train": len(final_train),
-        "validation": len(final_validation),
+        "train": int(final_train.sum()),
+        "validation": int(final_validation.sum()),
         "tokens": train["tokens"],
         "supervised_tokens": train["supervised"],
         "supervised_share": round(train["supervised"] / max(train["tokens"], 1), 4),
@@ -103,8 +102,8 @@ def _sources(rows: Any, sources: list[Any], train: np.ndarray, validation: np.nd
                 "weight": source.weight,
                 "files": [str(f) for f in source.files],
                 "rows_in": sum(c.seen for c in rows.cleaned if c.source == number),
-                "train": int((rows.source[train] == number).sum()),
-                "validation": int((rows.source[validation] == number).sum()),
+                "train": int((train & (rows.source == number)).sum()),
+                "validation": int((validation & (rows.source == number)).sum()),
             }
         )
     return result
@@ -159,11 +158,10 @@ def _write_dropped(rows: Any, found: Any, encoded: Any, sources: list[Any], path
     for which, codes in ((encoded.dropped, 3), (filtered, rows.status[filtered].astype(int) + 3)):
         parts.append((which, np.zeros(len(which), int) + codes, np.full(len(which), -1), np.zeros(len(which))))
     out, why, likes, overlaps = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    lines = np.concatenate([c.lines for c in rows.cleaned])
 
     def where(row: int) -> dict[str, Any]:
         cleaned = rows.cleaned[rows.place(row)[0]]
-        return {"file": str(sources[cleaned.source].files[cleaned.file]), "line": int(lines[row])}
+        return {"file": str(sources[cleaned.source].files[cleaned.file]), "line": int(rows.lines[row])}
 
     with path.open("w", encoding="utf-8") as file:
         for i in np.argsort(out, kind="stable"):

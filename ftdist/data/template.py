@@ -4,7 +4,8 @@ A template says nothing of where a turn begins and ends unless it has `{% genera
 are found in one of three ways, each verified against the text that the template really renders:
  1. the template's own `{% generation %}` tags;
  2. a skeleton: the template is rendered once per pattern of roles with marks in place of the contents;
-    filled with a row's contents it must equal that row's rendering, character for character;
+    filled with a row's contents it must equal that row's rendering, character for character. Where the template
+    asks nothing of contents (`opaque.py`) it does so for every row, and only the first of a pattern is rendered;
  3. prefixes: what the template renders for the messages before a turn must be the beginning of the whole.
     When none is exact, `Unsegmentable` is raised: no training on tokens that are only probably the answer's.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist.data.formats import Reject
+from ftdist.data.opaque import is_opaque
 from ftdist.errors import UserError
 
 Span = tuple[int, int]
@@ -122,7 +124,8 @@ class Template:
         self.text = text
         self._variables = {**tokens, **keywords}
         self._tagged = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
-        self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
+        self._skeletons: dict[tuple[tuple[str, ...], bool], _Skeleton | None] = {}
+        self._opaque: bool | None = None  # found out at the first rendering
         words = sorted((s for s in specials if s.strip()), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, words)) or r"(?!)")
         self._ends_special = re.compile(rf"(?:{self._special.pattern})\Z")
@@ -134,7 +137,40 @@ class Template:
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
         """The text; with `prompt` it ends where the assistant is to go on. Reject when the template
         refuses."""
-        return self._render(messages, tools, prompt=prompt, tags=False)[0]
+        filled = self._known(messages, tools, prompt=prompt)
+        return "".join(filled[1]) if filled else self._render(messages, tools, prompt=prompt, tags=False)[0]
+
+    def _known(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool
+    ) -> tuple[_Skeleton, list[str]] | None:
+        """The skeleton and its parts where they are the rendering beyond doubt: the template asks nothing of contents,
+        and the first row of this pattern was compared."""
+        if self._opaque is None:
+            self._opaque = is_opaque(self._tree())
+        if not self._opaque:
+            return None
+        known = len(self._skeletons)
+        filled = self._filled(messages, tools, prompt=prompt)
+        if filled is None:
+            return None
+        for message in messages:
+            if not message["content"] or message["content"].isspace():
+                return None
+        if len(self._skeletons) != known and (
+            self._render(messages, tools, prompt=prompt, tags=False)[0] != "".join(filled[1])
+        ):
+            self._opaque = False  # never seen
+            return None
+        return filled
+
+    def _tree(self) -> Any:
+        import jinja2
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            return _compile_jinja_template(self.text).environment.parse(self.text)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"data.chat_template: not a valid Jinja template ({error}); repair it") from None
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool, tags: bool
@@ -191,8 +227,15 @@ class Template:
             if len(spans) != len(turns):
                 raise Unsegmentable(f"{len(spans)} generation blocks for {len(turns)} assistant turns")
             return text, [(start, self._with_closing(text, start, end)) for start, end in spans]
-        text = self.render(messages, tools)
-        found = self._by_skeleton(text, messages, tools, turns)
+        filled = self._known(messages, tools, prompt=False)
+        if filled is None:
+            text = self._render(messages, tools, prompt=False, tags=False)[0]
+            filled = self._filled(messages, tools, prompt=False)
+            if filled is not None and "".join(filled[1]) != text:
+                filled = None
+        else:
+            text = "".join(filled[1])
+        found = None if filled is None else self._spans(*filled, turns)
         if found is None:
             found = [self._by_prefix(text, messages, tools, i) for i in turns]
             self._check_complete(text, messages, tools)
@@ -210,26 +253,7 @@ class Template:
             return start + len(inside)
         return end + len(self.closing.text) if text.startswith(self.closing.text, end) else end
 
-    def _by_skeleton(
-        self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None, turns: list[int]
-    ) -> list[Span] | None:
-        if tools or any(len(message) != 2 for message in messages):  # tool calls and the like: more than a content
-            return None
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._skeletons:
-            if len(self._skeletons) >= 512:
-                self._skeletons.clear()
-            self._skeletons[roles] = self._make_skeleton(roles)
-        skeleton = self._skeletons[roles]
-        if skeleton is None:
-            return None
-        parts = [skeleton.pieces[0]]
-        for index, (left, right), piece in zip(skeleton.order, skeleton.trims, skeleton.pieces[1:], strict=True):
-            content = messages[index]["content"]
-            content = content.lstrip() if left else content
-            parts += [content.rstrip() if right else content, piece]
-        if "".join(parts) != text:
-            return None
+    def _spans(self, skeleton: _Skeleton, parts: list[str], turns: list[int]) -> list[Span]:
         spans, at = [], 0
         for number, part in enumerate(parts):
             if number % 2 and skeleton.order[number // 2] in turns:
@@ -244,12 +268,41 @@ class Template:
             at += len(part)
         return spans
 
-    def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
+    def _filled(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool
+    ) -> tuple[_Skeleton, list[str]] | None:
+        """The skeleton of these roles, and its pieces with the contents between them."""
+        if tools:
+            return None
+        for message in messages:
+            if len(message) != 2:  # tool calls and the like: more than a content
+                return None
+        key = (tuple([message["role"] for message in messages]), prompt)
+        if key not in self._skeletons:
+            if len(self._skeletons) >= 512:
+                self._skeletons.clear()
+            self._skeletons[key] = self._make_skeleton(*key)
+        skeleton = self._skeletons[key]
+        if skeleton is None:
+            return None
+        parts = [skeleton.pieces[0]]
+        for index, (left, right), piece in zip(skeleton.order, skeleton.trims, skeleton.pieces[1:], strict=True):
+            content = messages[index]["content"]
+            content = content.lstrip() if left else content
+            parts += [content.rstrip() if right else content, piece]
+        return skeleton, parts
+
+    def _make_skeleton(self, roles: tuple[str, ...], prompt: bool) -> _Skeleton | None:
         marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
         pad = "\u2003"  # white space that no template writes: where it is gone, the template trims
         try:
             bare, padded = (
-                self.render([{"role": r, "content": f"{p}{m}{p}"} for r, m in zip(roles, marks, strict=True)], None)
+                self._render(
+                    [{"role": r, "content": f"{p}{m}{p}"} for r, m in zip(roles, marks, strict=True)],
+                    None,
+                    prompt=prompt,
+                    tags=False,
+                )[0]
                 for p in ("", pad)
             )
         except Reject:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,8 @@ class Frozen:
     template: Template
     eos: int
     bos: int | None
+    pieces: list[bytes] | None  # what each token spells, where that is known
+    sizes: np.ndarray | None  # in bytes
 
 
 @lru_cache(maxsize=2)
@@ -81,7 +85,10 @@ def load_frozen(folder: Path) -> Frozen:
     template = Template(
         frozen["template"], tokens=frozen["tokens"], specials=frozen["specials"], keywords=frozen["keywords"]
     )
-    return Frozen(Tokenizer.from_file(str(folder / "tokenizer.json")), template, frozen["eos"], frozen["bos"])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pieces = spelling(tokenizer)
+    sizes = None if pieces is None else np.array([len(piece) for piece in pieces], np.int64)
+    return Frozen(tokenizer, template, frozen["eos"], frozen["bos"], pieces, sizes)
 
 
 @dataclass(frozen=True)
@@ -136,21 +143,18 @@ def token_range(encoding: Any, span: Span) -> tuple[int, int]:
 
 def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids int32, trained bool) of each row; the first token is never trained on, nothing predicts it."""
-    encodings: list[Any] = [None] * len(rows)
+    encoded: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int32), np.zeros(0, bool))] * len(rows)
     for special in (False, True):
         which = [i for i, row in enumerate(rows) if row.special_tokens is special]
-        found = frozen.tokenizer.encode_batch([rows[i].text for i in which], add_special_tokens=special)
-        for i, encoding in zip(which, found, strict=True):
-            encodings[i] = encoding
+        if which:
+            own = [rows[i] for i in which]
+            found = (None if special else _by_spelling(own, frozen)) or _by_offsets(own, frozen, special)
+            for i, pair in zip(which, found, strict=True):
+                encoded[i] = pair
     closing = frozen.template.closing.special
     closing_id = None if closing is None else frozen.tokenizer.token_to_id(closing)
     result = []
-    for row, encoding in zip(rows, encodings, strict=True):
-        ids = np.array(encoding.ids, np.int32)
-        trained = np.zeros(len(ids), bool)
-        for span in row.spans:
-            first, last = token_range(encoding, span)
-            trained[first:last] = True
+    for row, (ids, trained) in zip(rows, encoded, strict=True):
         if row.turns and closing_id is not None and np.count_nonzero(ids[trained] == closing_id) != len(row.spans):
             raise Unsegmentable(f"{closing} does not end each trained turn exactly once")
         if row.append_eos:
@@ -161,6 +165,75 @@ def tokenize(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndar
         trained[:1] = False
         result.append((ids, trained))
     return result
+
+
+def _by_offsets(rows: list[Laid], frozen: Frozen, special: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, trained) of rows; the tokenizer says which characters a token stands for."""
+    result = []
+    found = frozen.tokenizer.encode_batch([row.text for row in rows], add_special_tokens=special)
+    for row, encoding in zip(rows, found, strict=True):
+        ids = np.array(encoding.ids, np.int32)
+        trained = np.zeros(len(ids), bool)
+        for span in row.spans:
+            first, last = token_range(encoding, span)
+            trained[first:last] = True
+        result.append((ids, trained))
+    return result
+
+
+def _by_spelling(rows: list[Laid], frozen: Frozen) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """The same by the bytes that tokens stand for, which spares the tokenizer its offsets. None where they do not
+    spell the texts exactly."""
+    if frozen.pieces is None or frozen.sizes is None:
+        return None
+    texts = [row.text for row in rows]
+    listed = [e.ids for e in frozen.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    counts = np.array([len(ids) for ids in listed])
+    ids = np.fromiter(chain.from_iterable(listed), np.int32, int(counts.sum()))
+    whole = [text.encode() for text in texts]
+    ends = np.cumsum(frozen.sizes[ids])  # of the tokens, in bytes of all texts together
+    borders = np.concatenate([[0], np.cumsum(counts)])
+    text_ends = np.cumsum([len(text) for text in whole])
+    spelled = counts.all() and bool((ends[borders[1:] - 1] == text_ends).all())
+    if not spelled or b"".join(map(frozen.pieces.__getitem__, chain.from_iterable(listed))) != b"".join(whole):
+        return None
+    places = []
+    for row, text, start in zip(rows, whole, (text_ends - [len(text) for text in whole]).tolist(), strict=True):
+        for span in row.spans:
+            first, last = span
+            if len(text) != len(row.text):
+                first, last = (len(row.text[:at].encode()) for at in span)
+            if first < last:
+                places.append((start + first, start + last))
+    edges = np.zeros(len(ids) + 1, np.int32)
+    if places:
+        firsts, lasts = np.array(places).T
+        np.add.at(edges, np.searchsorted(ends, firsts, "right"), 1)
+        np.add.at(edges, np.searchsorted(ends, lasts, "left") + 1, -1)
+    trained = np.cumsum(edges[:-1]) > 0
+    cuts = borders.tolist()
+    return [(ids[a:b], trained[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def spelling(tokenizer: Any) -> list[bytes] | None:
+    """The bytes of every token of a byte-level vocabulary, None for another kind."""
+    from tokenizers import decoders
+
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    byte_of, free = {}, 256  # GPT-2's alphabet: printable bytes stand for themselves, the others for what comes next
+    for byte in range(256):
+        printable = 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174
+        byte_of[chr(byte if printable else free)] = byte
+        free += not printable
+    pieces = [b""] * tokenizer.get_vocab_size()
+    for token, number in tokenizer.get_vocab(with_added_tokens=False).items():
+        with suppress(KeyError, IndexError):
+            pieces[number] = bytes(byte_of[character] for character in token)
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        pieces += [b""] * (number + 1 - len(pieces))
+        pieces[number] = added.content.encode()
+    return pieces
 
 
 def pair_tokens(row: dict[str, Any], frozen: Frozen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,8 +15,11 @@ import secrets
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ftdist.errors import UserError
 from ftdist.rundir import cache_root
@@ -184,24 +187,46 @@ def _bin(file: Path, changed: int) -> dict[str, Any]:  # noqa: ARG001  a part of
     return loaded
 
 
-def read(tensor: Stored, first: int, last: int) -> torch.Tensor:
-    """Elements first … last of a tensor taken as one long row, in the type that they have on disk."""
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: its bits
+
+
+def read(tensor: Stored, index: int, rows: slice, columns: slice) -> np.ndarray:
+    """A block of matrix `index` of a tensor, in the type that it has on disk; bfloat16 as its bits in uint16.
+
+    Whole rows are one read, parts of rows one read each.
+    """
+    height, width = tensor.matrix
+    if tensor.offset is None:
+        return _from_torch(_bin(tensor.file, tensor.file.stat().st_mtime_ns)[tensor.name]).reshape(-1, height, width)[
+            index, rows, columns
+        ]
+    first, stop, _ = rows.indices(height)
+    left, right, _ = columns.indices(width)
+    block = np.empty((stop - first, right - left), _NUMPY[tensor.dtype])
+    with tensor.file.open("rb", buffering=0) as stream:
+        start = tensor.offset + index * height * width * block.itemsize
+        if right - left == width:
+            _fill(stream, block, start + first * width * block.itemsize, tensor)
+        else:
+            for row in range(first, stop):
+                _fill(stream, block[row - first], start + (row * width + left) * block.itemsize, tensor)
+    return block
+
+
+def _fill(stream: FileIO, block: np.ndarray, start: int, tensor: Stored) -> None:
+    view, got = block.data.cast("B"), 0
+    while got < len(view):
+        count = os.preadv(stream.fileno(), [view[got:]], start + got)
+        if not count:
+            raise UserError(f"{tensor.file}: cut short inside {tensor.name}; download it again")
+        got += count
+
+
+def _from_torch(tensor: torch.Tensor) -> np.ndarray:
     import torch
 
-    if tensor.offset is None:
-        return _bin(tensor.file, tensor.file.stat().st_mtime_ns)[tensor.name].reshape(-1)[first:last]
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    width = FLOATS[tensor.dtype]
-    data = bytearray((last - first) * width)
-    with tensor.file.open("rb", buffering=0) as stream:
-        stream.seek(tensor.offset + first * width)
-        view, got = memoryview(data), 0
-        while got < len(data):
-            count = stream.readinto(view[got:])
-            if not count:
-                raise UserError(f"{tensor.file}: cut short inside {tensor.name}; download it again")
-            got += count
-    return torch.frombuffer(data, dtype=types[tensor.dtype])
+    bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    return bits.detach().numpy()
 
 
 # The content of the weights

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from ftdist.errors import USAGE, UserError
+from ftdist.launcher import workers
 from ftdist.rundir import cache_root
 from ftdist.spectrum import names, reader, work
 from ftdist.spectrum.formats import dumps
 from ftdist.spectrum.reader import Stored
 from ftdist.spectrum.snr import Threshold
 
-_VERSION = 1  # of the numbers: a change of method must not meet old results
+_VERSION = 2  # of the numbers: a change of method must not meet old results
+_METHODS = ("norm", "gram32", "gram64", "svd")  # the one of a stack is the last that any of its matrices needed
 _STALL = 1800.0  # seconds without a new result from any rank before a rank stops waiting
 
 
@@ -38,24 +40,30 @@ def scan(
     model_path: str,
     revision: str | None = None,
     output: Path,
-    processes: int,
+    processes: int | None,
     device: Literal["auto", "cpu", "cuda"],
     threshold: Threshold,
     group_experts: bool,
+    alone: bool = False,
 ) -> Path:
     """Measures the weights at `model_path` and writes `output` (snr.json); returns it.
 
-    `processes`: worker processes of each rank; on GPUs they take the devices in turn. Results are kept by the
-    content of the weights: a second scan of the same weights is read from the cache.
+    `processes`: worker processes of each rank; on GPUs they take the devices in turn; None: as many as
+    `launcher.workers` gives. `alone`: no other rank scans, although a launcher may have started some.
+    Results are kept by the content of the weights: a second scan of the same weights is read from the cache.
     UserError: weights that are missing, damaged, quantised or not finite, or without a matrix.
     """
+    rank, world = (0, 1) if alone else launched_as()
+    here, here_on_cores = (1, 1) if alone else _ranks_here()
+    cores = max(1, len(os.sched_getaffinity(0)) // here_on_cores)
+    if processes is None:
+        processes = workers(here, here_on_cores)
     if processes < 1:
         raise UserError(f"processes={processes}: must be at least 1")
     model_dir = reader.find(model_path, revision)
     weights = {n: t for n, t in reader.tensors(model_dir).items() if names.is_scanned(n, t.shape)}
     if not any(len(tensor.shape) > 1 for tensor in weights.values()):
         raise UserError(f"model.path={model_path}: has no 2-D weights, there is nothing to scan; give a language model")
-    rank, world = launched_as()
     key = reader.content_key(reader.shards(model_dir), rank=rank, world=world)
     results = cache_root() / "spectrum" / key / f"v{_VERSION}"
     results.mkdir(parents=True, exist_ok=True)
@@ -70,7 +78,7 @@ def scan(
     shares = [part for part in shares if part]
     if shares:
         with _progress(results, weights) if rank == 0 else _silence():
-            _run(shares, results, device)
+            _run(shares, results, device, max(1, cores // len(shares)))
     measured = _wait(results, weights) if world > 1 else work.read_results(results)
     text = dumps(_entries(weights, measured, threshold, group_experts))
     if rank == 0:
@@ -94,10 +102,10 @@ def launched_as() -> tuple[int, int]:
 
 
 def cost(tensor: Stored) -> float:
-    """Work, in multiplications: the Gram matrix, and slower ones (measured: 3 times) for its eigenvalues."""
+    """Work, in multiplications: the Gram matrix, and slower ones (measured: 7 times) for its eigenvalues."""
     short, long = min(tensor.matrix), max(tensor.matrix)
     stack = tensor.elements // (short * long)
-    return stack * (float(short) ** 2 * long + 3.0 * float(short) ** 3) + tensor.elements
+    return stack * (float(short) ** 2 * long + 7.0 * float(short) ** 3) + tensor.elements
 
 
 def assign(tensors: list[Stored], workers: int) -> list[list[Stored]]:
@@ -111,38 +119,30 @@ def assign(tensors: list[Stored], workers: int) -> list[list[Stored]]:
     return shares
 
 
-def _cores() -> int:
-    """Cores for this rank: its own where srun binds them, else its part of the machine."""
-    cores, env = len(os.sched_getaffinity(0)), os.environ
+def _ranks_here() -> tuple[int, int]:
+    """Ranks of this machine, and how many of them share this rank's cores: one where srun binds them."""
+    env, world = os.environ, launched_as()[1]
+    if world == 1:
+        return 1, 1
     if "LOCAL_WORLD_SIZE" in env:
-        return max(1, cores // int(env["LOCAL_WORLD_SIZE"]))
+        return int(env["LOCAL_WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
     tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # 4(x2),3: of the first nodes
-    is_bound = cores < (os.cpu_count() or 1)
-    return cores if is_bound or not tasks or launched_as()[1] == 1 else max(1, cores // int(tasks[0]))
+    here = int(tasks[0]) if tasks else 1
+    is_bound = len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
+    return here, 1 if is_bound else here
 
 
-def _run(shares: list[list[Stored]], results: Path, device: str) -> None:
-    """One share here, or each in a process of its own."""
+def _run(shares: list[list[Stored]], results: Path, device: str, threads: int) -> None:
+    """Each share in a process of its own, which takes its number of threads from its environment."""
     first = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) * len(shares)
     files = [results / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl" for _ in shares]
-    threads = max(1, _cores() // len(shares))
-    if len(shares) == 1:
-        import torch
-
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            work.measure_all(shares[0], files[0], work.place(device, first))
-        finally:
-            torch.set_num_threads(before)
-        return
     with tempfile.TemporaryDirectory() as folder:
         errors = [Path(folder) / str(i) for i in range(len(shares))]
         running: list[subprocess.Popen[str]] = []
         try:
             for i, (share, file, error) in enumerate(zip(shares, files, errors, strict=True)):
                 with error.open("w") as stream:
-                    running.append(_start(work.job(share, file, device, first + i, threads), threads, stream))
+                    running.append(_start(work.job(share, file, device, first + i), threads, stream))
             _join(running, errors)
         finally:
             for process in running:
@@ -151,12 +151,13 @@ def _run(shares: list[list[Stored]], results: Path, device: str) -> None:
 
 
 def _start(job: str, threads: int, errors: IO[str]) -> subprocess.Popen[str]:
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     process = subprocess.Popen(
         [sys.executable, "-m", "ftdist.spectrum.work"],
         stdin=subprocess.PIPE,
         stderr=errors,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+        env=os.environ | limits,
     )
     assert process.stdin is not None
     process.stdin.write(job)
@@ -220,7 +221,7 @@ def _entries(
             "shape": list(weights[name].shape),
             "dtype": weights[name].dtype,
             "threshold": threshold,
-            "method": "svd" if any(matrix["method"] == "svd" for matrix in found) else found[0]["method"],
+            "method": max((matrix["method"] for matrix in found), key=_METHODS.index),
             "error_bound": max(matrix[threshold]["error_bound"] for matrix in found),
         }
         if len(weights[name].shape) == 3:

@@ -7,11 +7,17 @@ With singular values S of an n × m weight: snr = ΣS[S > threshold] / ΣS[S ≤
 `marchenko_pastur` is that edge: τ·(√n + √m), with the noise level τ from the median of S as in Gavish and
 Donoho, "The optimal hard threshold for singular values is 4/√3" (2014), section III-E.
 
-Singular values come from the eigenvalues of the Gram matrix of the short side in float64. That squares the
-condition number: an eigenvalue is off by up to δ = 4·ε·√(n+m)·S[0]² (a float64 SVD shows about a quarter of
-that), a singular value s by δ/(2s). What this does to the SNR follows from the values themselves; where it
-could be more than `TOLERANCE`, or a value could lie on the other side of the threshold, the matrix is read
-again and goes through a QR decomposition in slices and an SVD, which do not square anything.
+Singular values come from the eigenvalues, in float64, of the Gram matrix of the short side. Three ways, the
+cheapest first; each says how far its SNR can be off, and the next one is taken where that is more than `TOLERANCE`
+or a value could lie on the other side of the threshold:
+
+gram32  products of float32 pieces, added up in float64; the diagonal in float64 throughout. Products of bfloat16 and
+        float16 weights are exact in float32, what is lost is lost in the sums within a piece. How much is not assumed
+        but seen: the error E of the Gram matrix is applied to random vectors, E·X = G·X − Wᵀ(W·X).
+        Left out for matrices that are nearly square: their smallest values would ask for more than float32 has.
+gram64  the same in float64. Both square the condition number: the eigenvalues alone are off by up to
+        δ = 4·ε·√(n+m)·S[0]² (a float64 SVD shows about a quarter of that).
+svd     a QR decomposition in slices and an SVD of the triangle, in float64, which square nothing.
 """
 
 from __future__ import annotations
@@ -19,34 +25,69 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import torch
+import numpy as np
 
 Threshold = Literal["reference", "marchenko_pastur"]
 THRESHOLDS: tuple[Threshold, ...] = ("reference", "marchenko_pastur")
-TOLERANCE = 1e-6  # relative, of the SNR
+TOLERANCE = 3e-6  # relative, of the SNR
 _EPSILON = 2.0**-52
-_PANEL = 256  # rows of the Gram matrix that are updated at once: half the work of the whole square is left out
+_PROBES = 16  # random vectors that an error of the Gram matrix is seen by
+_CHI2 = 3.94  # χ² with 16 degrees of freedom is below it once in a thousand
+_ROWS = 512  # of a piece that are in float64 at once for the probes
 
-Slices = Callable[[], Iterator["torch.Tensor"]]  # float64 pieces (any length × short side) of a matrix, anew each time
+Precision = Literal["float32", "float64"]
+# Pieces (any length × short side) of a matrix, anew each time; numpy arrays, or torch tensors on a GPU. They hold the
+# stored values exactly: in the precision that is asked for, or in float64 where the weights are stored so.
+Slices = Callable[[Precision], Iterator[Any]]
 
 
 class NotFinite(ValueError):
     """A weight is NaN or infinite."""
 
 
+@dataclass(frozen=True)
+class Values:
+    """Singular values, highest first, and how far off they can be: each, and the sum of any of them."""
+
+    values: np.ndarray
+    each: np.ndarray
+    spectral: float = 0.0  # norms of the error of the Gram matrix
+    frobenius: float = 0.0
+
+    @staticmethod
+    def of_gram(squares: np.ndarray, spectral: float, frobenius: float) -> Values:
+        """From eigenvalues. |s − t| = |s² − t²|/(s + t), and never more than √|s² − t²|."""
+        values = np.sqrt(squares)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            each = spectral / (values + np.sqrt((squares - spectral).clip(min=0)))
+        return Values(values, np.fmin(each, math.sqrt(spectral)), spectral, frobenius)
+
+    def error_of_sum(self, part: np.ndarray) -> float:
+        """Hoffman and Wielandt: the errors of all eigenvalues together, squared, are at most ‖E‖²_F."""
+        alone = float(self.each[part].sum())
+        if not self.spectral:
+            return alone
+        large = part & (self.values**2 > self.spectral)
+        together = self.frobenius / self.spectral * float(np.linalg.norm(self.each[large]))
+        return min(alone, together + float(self.each[part & ~large].sum()))
+
+
 def measure(slices: Slices, shape: tuple[int, int]) -> dict[str, Any]:
     """Both SNRs of a matrix, the method, the largest singular value and a bound on the relative error."""
-    long, short = max(shape), min(shape)
-    if short == 1:
-        return _single(math.sqrt(sum(float((piece * piece).sum()) for piece in slices())))
-    values, delta = _by_gram(slices, short, long)
-    measured = _measured(values, delta, shape)
-    if max(measured[name]["error_bound"] for name in THRESHOLDS) <= TOLERANCE:
-        return measured | {"method": "gram"}
-    return _measured(_by_svd(slices), 0.0, shape) | {"method": "svd"}
+    if min(shape) == 1:
+        return _single(math.sqrt(sum(float((piece * piece).sum()) for piece in slices("float64"))))
+    precisions: tuple[Precision, ...] = ("float32", "float64") if max(shape) >= 2 * min(shape) else ("float64",)
+    for precision in precisions:
+        found = by_gram(slices, precision, shape)
+        measured = _measured(found, shape) if found else {}
+        if found and max(measured[name]["error_bound"] for name in THRESHOLDS) <= TOLERANCE:
+            return measured | {"method": f"gram{precision[-2:]}"}
+    if not found:
+        raise NotFinite
+    return _measured(by_svd(slices, shape), shape) | {"method": "svd"}
 
 
 def _single(length: float) -> dict[str, Any]:
@@ -62,46 +103,74 @@ def _single(length: float) -> dict[str, Any]:
     return dict.fromkeys(THRESHOLDS, entry) | {"method": "norm", "largest": length}
 
 
-def _by_gram(slices: Slices, short: int, long: int) -> tuple[torch.Tensor, float]:
-    import torch
+def by_gram(slices: Slices, precision: Precision, shape: tuple[int, int]) -> Values | None:
+    """Singular values by way of the Gram matrix; None where it is not finite."""
+    short = min(shape)
+    gram = probes = image = squares = None
+    xp: Any = None
+    with np.errstate(over="ignore", invalid="ignore"):
+        for piece in slices(precision):
+            if gram is None:
+                xp, like = _library(piece)
+                gram = xp.zeros((short, short), dtype=xp.float64, **like)
+                probes = xp.asarray(np.random.default_rng(0).standard_normal((short, _PROBES)), **like)
+                image, squares = xp.zeros_like(probes), xp.zeros_like(probes[:, 0])
+            gram += piece.T @ piece
+            for first in range(0, len(piece) if precision == "float32" else 0, _ROWS):
+                part = xp.asarray(piece[first : first + _ROWS], dtype=xp.float64)
+                image += part.T @ (part @ probes)
+                squares += xp.einsum("ij,ij->j", part, part)
+            del piece
+        assert gram is not None
+        if precision == "float32":
+            gram[range(short), range(short)] = squares  # sums without signs lose most, and all to one side
+        if not bool(xp.isfinite(gram).all()):
+            return None
+        seen = _host(gram @ probes - image) if precision == "float32" else np.zeros((1, 1))
+    found = _host(xp.linalg.eigvalsh(gram))[::-1].clip(min=0)
+    solver = 4 * _EPSILON * math.sqrt(sum(shape)) * float(found[0])
+    # u·E·X of a singular pair (u, v) is ‖E‖₂·(v·X), a normal vector of _PROBES numbers; the same for ‖E‖_F at worst.
+    spectral = float(np.linalg.norm(seen, 2)) / math.sqrt(_CHI2) + solver
+    frobenius = float(np.linalg.norm(seen)) / math.sqrt(_CHI2) + solver * math.sqrt(short)
+    return Values.of_gram(found, min(spectral, frobenius), frobenius)
 
-    gram: torch.Tensor | None = None
-    for piece in slices():
-        if gram is None:
-            gram = torch.zeros(short, short, dtype=torch.float64, device=piece.device)
-        for start in range(0, short, _PANEL):  # the triangle below the diagonal, in panels
-            end = min(start + _PANEL, short)
-            gram[start:end, :end].addmm_(piece[:, start:end].T, piece[:, :end])
-    assert gram is not None
-    if not bool(torch.isfinite(gram.diagonal()).all()):
-        raise NotFinite
-    squares = torch.linalg.eigvalsh(gram, UPLO="L").flip(0).clamp(min=0).cpu()
-    delta = 4 * _EPSILON * math.sqrt(long + short) * float(squares[0])
-    return squares.sqrt(), delta
 
-
-def _by_svd(slices: Slices) -> torch.Tensor:
-    import torch
-
-    triangle: torch.Tensor | None = None
-    for piece in slices():
-        stacked = piece if triangle is None else torch.cat([triangle, piece])
-        triangle = torch.linalg.qr(stacked, mode="r")[1]
+def by_svd(slices: Slices, shape: tuple[int, int]) -> Values:
+    """Singular values without squaring anything."""
+    triangle = None
+    xp: Any = None
+    for piece in slices("float64"):
+        xp, _ = _library(piece)
+        stacked = piece if triangle is None else xp.concatenate([triangle, piece])
+        triangle = xp.linalg.qr(stacked, mode="r")
+        triangle = triangle if xp is np else triangle[1]
     assert triangle is not None
-    return torch.linalg.svdvals(triangle).cpu()
+    values = _host(xp.linalg.svdvals(triangle))
+    return Values(values, np.full_like(values, 4 * _EPSILON * math.sqrt(sum(shape)) * values[0]))
 
 
-def _measured(values: torch.Tensor, delta: float, shape: tuple[int, int]) -> dict[str, Any]:
-    measured: dict[str, Any] = {name: _ratio(values, delta, shape, name) for name in THRESHOLDS}
-    return measured | {"largest": float(values[0])}
-
-
-def _ratio(values: torch.Tensor, delta: float, shape: tuple[int, int], threshold: Threshold) -> dict[str, Any]:
-    """SNR at a threshold and a bound on its relative error, where eigenvalues are off by up to `delta`."""
+def _library(piece: Any) -> tuple[Any, dict[str, Any]]:
+    """The module of an array, and the keywords that put another one beside it."""
+    if isinstance(piece, np.ndarray):
+        return np, {}
     import torch
 
-    errors = torch.minimum(delta / (2 * values).clamp(min=1e-300), torch.full_like(values, math.sqrt(delta)))
-    place, off = (reference_threshold if threshold == "reference" else edge)(values, errors, shape)
+    return torch, {"device": piece.device}
+
+
+def _host(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+
+
+def _measured(found: Values, shape: tuple[int, int]) -> dict[str, Any]:
+    measured: dict[str, Any] = {name: _ratio(found, shape, name) for name in THRESHOLDS}
+    return measured | {"largest": float(found.values[0])}
+
+
+def _ratio(found: Values, shape: tuple[int, int], threshold: Threshold) -> dict[str, Any]:
+    """SNR at a threshold and a bound on its relative error."""
+    values = found.values
+    place, off = (reference_threshold if threshold == "reference" else edge)(values, found.each, shape)
     is_signal = values > place
     signal, noise = float(values[is_signal].sum()), float(values[~is_signal].sum())
     largest = float(values[0])
@@ -109,40 +178,33 @@ def _ratio(values: torch.Tensor, delta: float, shape: tuple[int, int], threshold
         snr = math.inf
     else:
         snr = signal / (noise if noise else 1.0) / largest  # today's reference tool: no noise at all counts as 1
-    unsure = values[(values - place).abs() <= errors + off]
     # A value within rounding of the threshold may be on either side; exact zeros are noise on every account.
-    moved = float(unsure.sum()) if delta else 0.0
-    bound = float(errors[0]) / largest if largest else 0.0
+    moved = float(values[np.abs(values - place) <= found.each + off].sum())
+    bound = float(found.each[0]) / largest if largest else 0.0
     for part, total in ((is_signal, signal), (~is_signal, noise)):
         if total:
-            bound += (float(errors[part].sum()) + moved) / total
+            bound += (found.error_of_sum(part) + moved) / total
         elif bool(part.any()):
-            bound = math.inf if delta else 0.0
+            bound = math.inf if found.each.any() else 0.0
     return {"snr": snr, "threshold": place, "signal_values": int(is_signal.sum()), "error_bound": bound}
 
 
-def reference_threshold(values: torch.Tensor, errors: torch.Tensor, shape: tuple[int, int]) -> tuple[float, float]:
+def reference_threshold(values: np.ndarray, errors: np.ndarray, shape: tuple[int, int]) -> tuple[float, float]:
     """The reference tool's threshold and how far it can be off."""
     low, high = _quantile(values, 0.25), _quantile(values, 0.75)
     factor = (1 + math.sqrt(min(shape) / max(shape))) / 1.349
     return (high - low) * factor, (_quantile(errors, 0.25) + _quantile(errors, 0.75)) * factor
 
 
-def edge(values: torch.Tensor, errors: torch.Tensor, shape: tuple[int, int]) -> tuple[float, float]:
+def edge(values: np.ndarray, errors: np.ndarray, shape: tuple[int, int]) -> tuple[float, float]:
     """The largest singular value of noise alone (Marchenko–Pastur), and how far it can be off."""
     ratio = min(shape) / max(shape)
     factor = (1 + math.sqrt(ratio)) / math.sqrt(median_of_noise(ratio))
     return _quantile(values, 0.5) * factor, _quantile(errors, 0.5) * factor
 
 
-def _quantile(values: torch.Tensor, at: float) -> float:
-    """As torch.quantile: linear between the two nearest."""
-    ordered = values.sort().values
-    position = at * (len(ordered) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    start, end = float(ordered[below]), float(ordered[above])
-    return start + (end - start) * (position - below)
+def _quantile(values: np.ndarray, at: float) -> float:
+    return float(np.quantile(values, at))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -17,7 +17,7 @@ def run(
     *,
     model_path: str,
     revision: str | None = None,
-    processes: int,
+    processes: int | None,
     device: Literal["auto", "cpu", "cuda"],
     threshold: Threshold,
     group_experts: bool,

@@ -13,17 +13,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from ftdist.errors import USAGE, UserError
+from ftdist.launcher import devices
 from ftdist.spectrum import snr
 from ftdist.spectrum.reader import Stored, read
 
-if TYPE_CHECKING:
-    import torch
-
-# Elements of a piece in float64: 32 MiB beside the Gram matrix on a CPU, 512 MiB on a GPU.
-_PIECE = {"cpu": 4 << 20, "cuda": 64 << 20}
+# Bytes of a piece: 32 MiB beside the Gram matrix on a CPU, 512 MiB on a GPU.
+_PIECE = {"cpu": 32 << 20, "cuda": 512 << 20}
 
 
 def measure_all(tensors: list[Stored], results: Path, device: str) -> None:
@@ -43,30 +43,37 @@ def measure_all(tensors: list[Stored], results: Path, device: str) -> None:
 
 
 def _measure(tensor: Stored, index: int, device: str) -> dict[str, Any]:
-    return snr.measure(lambda: slices(tensor, index, device), tensor.matrix)
+    return snr.measure(lambda precision: slices(tensor, index, device, precision), tensor.matrix)
 
 
-def slices(tensor: Stored, index: int, device: str) -> Iterator[torch.Tensor]:
-    """Matrix `index` of a tensor in float64 pieces with the short side as columns.
+def slices(tensor: Stored, index: int, device: str, precision: snr.Precision) -> Iterator[Any]:
+    """Matrix `index` of a tensor in pieces with the short side as columns: numpy arrays, torch tensors on a GPU."""
+    (rows, columns), everything = tensor.matrix, slice(None)
+    short, long = min(rows, columns), max(rows, columns)
+    width = 8 if precision == "float64" or tensor.dtype == "F64" else 4
+    step = max(1, _PIECE[device.partition(":")[0]] // (width * short))
+    step = max(step, short // 4)  # thin pieces would make many small products
+    for first in range(0, long, step):
+        part = slice(first, min(first + step, long))
+        if rows >= columns:
+            yield _exact(read(tensor, index, part, everything), tensor.dtype, device, width)
+        else:
+            yield _exact(read(tensor, index, everything, part), tensor.dtype, device, width).T
 
-    A tall matrix is read a few rows at a time. A wide one is read whole in its own type and converted in
-    pieces.
-    """
-    import torch
 
-    rows, columns = tensor.matrix
-    start = index * rows * columns
-    step = max(1, _PIECE[torch.device(device).type] // min(rows, columns))
-    step = max(step, min(rows, columns) // 4)  # thin pieces would make many small products
-    if rows >= columns:
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            piece = read(tensor, start + first * columns, start + last * columns)
-            yield piece.view(last - first, columns).to(device).double()
-    else:
-        whole = read(tensor, start, start + rows * columns).view(rows, columns).to(device)
-        for first in range(0, columns, step):
-            yield whole[:, first : first + step].T.double()
+def _exact(block: np.ndarray, dtype: str, device: str, width: int) -> Any:
+    """Stored values as float32 or float64 (`width` bytes), on the device."""
+    if device != "cpu":
+        import torch
+
+        moved = torch.from_numpy(block).to(device)
+        moved = moved.view(torch.bfloat16) if dtype == "BF16" else moved
+        return moved.to(torch.float64 if width == 8 else torch.float32)
+    if dtype == "BF16":
+        bits = block.astype(np.uint32)
+        bits <<= 16
+        block = bits.view(np.float32)
+    return block.astype(f"f{width}", copy=False)
 
 
 def read_results(directory: Path) -> dict[str, list[dict[str, Any]]]:
@@ -84,28 +91,25 @@ def read_results(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 def place(device: str, worker: int) -> str:
     """torch's name of the device for a worker of this machine: the GPUs in turn, else the CPU."""
+    if device == "cpu" or (device == "auto" and devices()[1] != "GPU"):
+        return "cpu"  # without torch: two seconds and 200 MB less
     import torch
 
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    gpus = torch.cuda.device_count()
     if device == "cuda" and not gpus:
         raise UserError("device=cuda: torch sees no GPU here; set device=cpu or auto")
     return f"cuda:{worker % gpus}" if gpus else "cpu"
 
 
-def job(tensors: list[Stored], results: Path, device: str, worker: int, threads: int) -> str:
+def job(tensors: list[Stored], results: Path, device: str, worker: int) -> str:
     """What a worker process reads from standard input."""
     rows = [asdict(tensor) | {"file": str(tensor.file)} for tensor in tensors]
-    return json.dumps(
-        {"tensors": rows, "results": str(results), "device": device, "worker": worker, "threads": threads}
-    )
+    return json.dumps({"tensors": rows, "results": str(results), "device": device, "worker": worker})
 
 
 def main() -> int:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: never outlive the scan
     given = json.loads(sys.stdin.read())
-    import torch
-
-    torch.set_num_threads(given["threads"])
     rows = [{**row, "shape": tuple(row["shape"]), "file": Path(row["file"])} for row in given["tensors"]]
     try:
         device = place(given["device"], given["worker"])

@@ -93,6 +93,7 @@ def prepare(
             device="auto",
             threshold=threshold,
             group_experts=group_experts,
+            alone=True,
         )
     else:
         path = Path(scan).expanduser().absolute()

@@ -90,10 +90,10 @@ def test_verified_overlap_is_the_jaccard_index(tmp_path: Path) -> None:
         assert value == pytest.approx(len(a & b) / max(len(a | b), 1))
 
 
-def test_exact_keeps_the_first_of_each_group() -> None:
+def test_exact_keeps_the_first_of_each_group(tmp_path: Path) -> None:
     keys = np.array([[5, 1], [7, 1], [5, 1], [5, 2], [7, 1], [5, 1]], np.uint64)
     alive = np.array([True, False, True, True, True, True])
-    twins = exact(keys, alive)
+    twins = exact(keys, alive, tmp_path)
     assert sorted(zip(twins.later.tolist(), twins.earlier.tolist(), strict=True)) == [(2, 0), (5, 0)]
 
 

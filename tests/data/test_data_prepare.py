@@ -237,6 +237,19 @@ def test_preference_rows(tmp_path: Path, run_prepare: Any) -> None:
         assert row["chosen_ids"][-1] == row["rejected_ids"][-1]  # the end of the turn, or both are cut
 
 
+def test_the_verb_prepares_preferences_and_no_run_takes_them(tmp_path: Path, run: Any) -> None:
+    rows = [{"prompt": sentence(i, 9), "chosen": sentence(i + 100, 12), "rejected": "no"} for i in range(30)]
+    file = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0]])
+    words = (f"data.path={file}", "data.format=preference", "tracking=none")
+    answer = run("data", *words)
+    assert answer.status == 0, answer
+    report = read_report(Path(answer.stdout.splitlines()[-1].removeprefix("data: ")))
+    assert report["duplicates_exact"] == 1 and report["preference"]["chosen_longer_share"] == 1
+    assert report["train"] + report["validation"] == 30
+    for verb in ("plan", "train"):
+        run(verb, *words).refused("data.format=preference", "ftdist data")
+
+
 # --- mistakes ----------------------------------------------------------------------------------------------------
 
 
@@ -246,8 +259,8 @@ def test_preference_rows(tmp_path: Path, run_prepare: Any) -> None:
         ([], {}, "data set is empty"),
         ([{"ask": "q", "reply": "a"}], {}, "found: ask, reply; expected: messages"),
         ([{"question": "q", "answer": "a"}] * 3, {"format": "messages"}, "expected: messages"),
-        ([{"prompt": "q", "chosen": "a", "rejected": "b"}], {}, "needs task=dpo"),
-        ([{"question": "q", "answer": "a"}], {"task": "dpo"}, "task=dpo needs"),
+        ([{"prompt": "q", "chosen": "a", "rejected": "b"}], {}, "see data.format=preference"),
+        ([{"question": "q", "answer": "a"}], {"task": "dpo"}, "need chosen and rejected"),
         ([{"text": "x"}], {"mask": "assistant"}, "no supervised token"),
         ([{"question": "long " * 90, "answer": "a"}], {}, "the answer begins after 128 tokens"),
         ([{"question": "q", "answer": "a"}], {"columns": {"frage": "x"}}, "data.columns.frage"),

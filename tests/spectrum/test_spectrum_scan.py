@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import plain_reference
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_published_keys_of_an_entry(checkpoint, tmp_path):
     assert entry["shape"] == [16, 32]
     assert entry["type"] == "self_attn.k_proj"
     assert entry["dtype"] == "BF16"
-    assert entry["method"] == "gram"
+    assert entry["method"] in ("gram32", "gram64")
     assert entry["threshold"] == "reference"
 
 
@@ -100,89 +101,54 @@ def write_layout(directory, kind, weights):
         (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def counted(monkeypatch):
-    """Counts the tensors that are really measured."""
-    measured = []
-    inner = work._measure
-    monkeypatch.setattr(work, "_measure", lambda t, *rest: measured.append(t.name) or inner(t, *rest))
-    return measured
+def measured_in(cache):
+    """The tensors that were measured, in the order of the files of the workers."""
+    lines = [line for file in sorted(cache.glob("spectrum/*/v2/*.jsonl")) for line in file.read_text().splitlines()]
+    return [json.loads(line)["name"] for line in lines if line.endswith("}")]
 
 
-def test_same_weights_are_measured_once_wherever_they_lie(checkpoint, tmp_path, monkeypatch):
-    measured = counted(monkeypatch)
+def test_same_weights_are_measured_once_wherever_they_lie(checkpoint, tmp_path, cache):
     first = run(checkpoint("llama"), tmp_path / "a.json").read_text()
-    assert measured
-    measured.clear()
+    count = len(measured_in(cache))
+    assert count == len(json.loads(first))
     weights = weights_of(checkpoint("llama"))
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "model.safetensors").write_bytes((checkpoint("llama") / "model.safetensors").read_bytes())
     assert run(tmp_path / "copy", tmp_path / "b.json").read_text() == first
     assert run(tmp_path / "copy", tmp_path / "c.json", threshold="marchenko_pastur").read_text() != first
-    assert measured == []
+    assert len(measured_in(cache)) == count
     weights["model.layers.3.mlp.up_proj.weight"][0, 0] += 1
     save_file(weights, tmp_path / "copy" / "model.safetensors")
     assert run(tmp_path / "copy", tmp_path / "d.json").read_text() != first
-    assert measured
+    assert len(measured_in(cache)) == 2 * count
 
 
-def test_no_read_is_larger_than_one_matrix(checkpoint, tmp_path, monkeypatch):
+def test_a_matrix_is_read_in_pieces(tmp_path, monkeypatch):
+    """Tall and wide, from safetensors and from .bin: never more than a piece, and every number once."""
     sizes = []
     inner = reader.read
-    monkeypatch.setattr(work, "read", lambda t, a, b: sizes.append((b - a) / t.elements) or inner(t, a, b))
-    run(checkpoint("llama"), tmp_path / "snr.json")
-    monkeypatch.setitem(work._PIECE, "cpu", 256)
-    weights = {"a.weight": torch.randn(96, 16), "b.weight": torch.randn(16, 96)}
+    monkeypatch.setattr(work, "read", lambda *given: sizes.append((block := inner(*given)).size) or block)
+    monkeypatch.setitem(work._PIECE, "cpu", 1024)
+    weights = {"a.weight": torch.randn(96, 16), "b.weight": torch.randn(16, 96).bfloat16()}
+    for layout in ("one", "bin"):
+        write_layout(tmp_path / layout, layout, weights)
+        for name, stored in reader.tensors(tmp_path / layout).items():
+            sizes.clear()
+            whole = np.concatenate(list(work.slices(stored, 0, "cpu", "float32")))
+            weight = weights[name].float().numpy()
+            assert np.array_equal(whole, weight if name == "a.weight" else weight.T)
+            assert sizes == [256] * 6
+
+
+def test_stored_numbers_are_kept_exactly(tmp_path):
+    weights = {f"{i}.weight": torch.randn(24, 40).to(d) for i, d in
+               enumerate((torch.float64, torch.float32, torch.float16, torch.bfloat16))}  # fmt: skip
     write_layout(tmp_path / "m", "one", weights)
-    sizes.clear()
-    path = run(tmp_path / "m", tmp_path / "n.json")
-    assert max(sizes) == 1.0  # the wide one, in its own type
-    assert sum(size < 0.2 for size in sizes) == 6  # the tall one, sixteen rows at a time
-    entries = json.loads(path.read_text())
-    for name in ("a", "b"):
-        assert entries[name]["snr"] == pytest.approx(plain_reference.snr_of(weights[f"{name}.weight"]), rel=1e-5)
-
-
-KILLED = """
-    import os, signal, sys
-    from ftdist.spectrum import scan, work
-    inner, seen = work._measure, []
-    def measure(tensor, *rest):
-        seen.append(tensor.name)
-        if len(seen) > 12:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return inner(tensor, *rest)
-    work._measure = measure
-    scan.scan(model_path=sys.argv[1], output=__import__("pathlib").Path(sys.argv[2]), processes=1, device="cpu",
-              threshold="reference", group_experts=True)
-"""
-
-
-def test_a_killed_scan_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch, cache):
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(checkpoint("llama")), str(tmp_path / "snr.json")]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
-    assert not (tmp_path / "snr.json").exists()
-    (results,) = cache.glob("spectrum/*/v1/*.jsonl")
-    before = [json.loads(line)["name"] for line in results.read_text().splitlines()]
-    assert len(before) == 12
-    lines = results.read_text().splitlines(keepends=True)
-    results.write_text("".join(lines[:-1]) + lines[-1][:40])  # as if it was cut while writing
-    measured = counted(monkeypatch)
-    resumed = run(checkpoint("llama"), tmp_path / "snr.json").read_text()
-    assert set(measured).isdisjoint(before[:-1])
-    assert before[-1] in measured
-    monkeypatch.setenv("FTDIST_CACHE", str(tmp_path / "fresh"))
-    assert run(checkpoint("llama"), tmp_path / "fresh.json").read_text() == resumed
-
-
-def test_two_processes_share_the_work(checkpoint, tmp_path, cache, monkeypatch):
-    shared = run(checkpoint("llama"), tmp_path / "two.json", processes=2).read_text()
-    files = sorted(cache.glob("spectrum/*/v1/*.jsonl"))
-    done = [{json.loads(line)["name"] for line in file.read_text().splitlines()} for file in files]
-    assert len(done) == 2
-    assert all(done)
-    assert done[0].isdisjoint(done[1])
-    monkeypatch.setenv("FTDIST_CACHE", str(tmp_path / "fresh"))
-    assert run(checkpoint("llama"), tmp_path / "one.json").read_text() == shared
+    for name, stored in reader.tensors(tmp_path / "m").items():
+        for precision in ("float32", "float64"):
+            piece = np.concatenate(list(work.slices(stored, 0, "cpu", precision)))
+            assert np.array_equal(piece.T, weights[name].double().numpy())
+            assert piece.dtype == ("float64" if stored.dtype == "F64" else precision)
 
 
 RANK = """
@@ -192,6 +158,49 @@ RANK = """
          threshold="reference", group_experts=True)
 """
 
+# In the thirteenth measurement the worker kills the scan that started it, and itself.
+KILLED = """
+    import os, signal, sys
+    if "ftdist.spectrum.work" in sys.orig_argv:
+        from ftdist.spectrum import snr
+        inner, seen = snr.measure, []
+        def measure(*given):
+            seen.append(given)
+            if len(seen) > 12:
+                os.kill(os.getppid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(*given)
+        snr.measure = measure
+"""
+
+
+def test_a_killed_scan_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch, cache):
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(KILLED))
+    command = [sys.executable, "-c", textwrap.dedent(RANK), str(checkpoint("llama")), str(tmp_path / "snr.json")]
+    paths = os.environ | {"PYTHONPATH": str(tmp_path)}
+    assert subprocess.run(command, env=paths).returncode == -signal.SIGKILL
+    assert not (tmp_path / "snr.json").exists()
+    (results,) = cache.glob("spectrum/*/v2/*.jsonl")
+    before = [json.loads(line)["name"] for line in results.read_text().splitlines()]
+    assert len(before) == 12
+    lines = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(lines[:-1]) + lines[-1][:40])  # as if it was cut while writing
+    resumed = run(checkpoint("llama"), tmp_path / "snr.json").read_text()
+    assert sorted(measured_in(cache)) == sorted(weights_of(checkpoint("llama")))  # each once
+    monkeypatch.setenv("FTDIST_CACHE", str(tmp_path / "fresh"))
+    assert run(checkpoint("llama"), tmp_path / "fresh.json").read_text() == resumed
+
+
+def test_two_processes_share_the_work(checkpoint, tmp_path, cache, monkeypatch):
+    shared = run(checkpoint("llama"), tmp_path / "two.json", processes=2).read_text()
+    files = sorted(cache.glob("spectrum/*/v2/*.jsonl"))
+    done = [{json.loads(line)["name"] for line in file.read_text().splitlines()} for file in files]
+    assert len(done) == 2
+    assert all(done)
+    assert done[0].isdisjoint(done[1])
+    monkeypatch.setenv("FTDIST_CACHE", str(tmp_path / "fresh"))
+    assert run(checkpoint("llama"), tmp_path / "one.json").read_text() == shared
+
 
 def test_ranks_of_a_launcher_share_the_work(checkpoint, tmp_path, cache, monkeypatch):
     def environment(rank):
@@ -200,7 +209,7 @@ def test_ranks_of_a_launcher_share_the_work(checkpoint, tmp_path, cache, monkeyp
     command = [sys.executable, "-c", textwrap.dedent(RANK), str(checkpoint("llama")), str(tmp_path / "snr.json")]
     ranks = [subprocess.Popen(command, env=os.environ | environment(rank)) for rank in range(2)]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
-    done = [len(file.read_text().splitlines()) for file in cache.glob("spectrum/*/v1/*.jsonl")]
+    done = [len(file.read_text().splitlines()) for file in cache.glob("spectrum/*/v2/*.jsonl")]
     assert len(done) == 2
     assert sum(done) == len(json.loads((tmp_path / "snr.json").read_text()))
     monkeypatch.setenv("FTDIST_CACHE", str(tmp_path / "fresh"))
@@ -260,15 +269,14 @@ def refused(model, tmp_path, **changes):
     return message
 
 
-def test_truncated_shard(checkpoint, tmp_path, monkeypatch):
-    measured = counted(monkeypatch)
+def test_truncated_shard(checkpoint, tmp_path, cache):
     model = edited(checkpoint, tmp_path, lambda weights: None)
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "cut short" in refused(model, tmp_path)
     file.write_bytes(file.read_bytes()[:5])
     assert "cut short" in refused(model, tmp_path)
-    assert measured == []  # said before the work, not in the middle of it
+    assert measured_in(cache) == []  # said before the work, not in the middle of it
 
 
 def test_truncated_bin(checkpoint, tmp_path):
