@@ -385,14 +385,14 @@ def measured(run_dir: Path) -> None:
     ranks = [json.loads(file.read_text(encoding="utf-8")) for file in (run_dir / "logs").glob("rank-*.memory.json")]
     if not ranks:
         return
-    ranks.sort(key=lambda report: report["rank"])
-    tops = [max(report["peak_bytes"].values()) for report in ranks]
-    times = [report["step_seconds"] for report in ranks if report["step_seconds"]]
+    ranks.sort(key=lambda rank: rank["rank"])
+    tops = [max(rank["peak_bytes"].values()) for rank in ranks]
+    times = [rank["step_seconds"] for rank in ranks if rank["step_seconds"]]
     found: dict[str, Any] = {"device_peak_bytes": max(tops), "states": _counted(ranks), "ranks": ranks}
     if ranks[0]["device"] == "cpu":  # a rank's device is the host's memory
         found["host_peak_bytes_per_node"] = sum(tops) // plan["nodes"]
     else:
-        found["host_peak_bytes_per_node"] = sum(report["host_peak_bytes"] for report in ranks) // plan["nodes"]
+        found["host_peak_bytes_per_node"] = sum(rank["host_peak_bytes"] for rank in ranks) // plan["nodes"]
     if times:
         found["seconds_per_step"] = max(times)
         found["tokens_per_second"] = plan["tokens_per_step"] / max(times)
@@ -402,10 +402,10 @@ def measured(run_dir: Path) -> None:
 def _counted(ranks: list[dict[str, Any]]) -> dict[str, int]:
     """Bytes of live tensors by kind on the rank that holds most, named as the plan's `states`."""
     counted: dict[str, int] = {}
-    for report in ranks:
-        tensors = dict(report["tensors"].get("between", {}))
-        if "backward" in report["tensors"]:
-            tensors["gradients_in_backward"] = report["tensors"]["backward"]["gradients"]
+    for rank in ranks:
+        tensors = dict(rank["tensors"].get("between", {}))
+        if "backward" in rank["tensors"]:
+            tensors["gradients_in_backward"] = rank["tensors"]["backward"]["gradients"]
         for kind, size in tensors.items():
             counted[kind] = max(counted.get(kind, 0), size)
     return counted
