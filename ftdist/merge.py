@@ -330,7 +330,8 @@ def _pieces(stored: Stored, update: Update | None, code: str, name: str) -> Iter
         if whole is not None:
             piece = whole[first:last]
         else:
-            piece = reader.read(stored, first * width, last * width)
+            block = torch.from_numpy(reader.elements(stored, first * width, last * width))
+            piece = block.view(torch.bfloat16) if stored.dtype == "BF16" else block
         if update is not None:
             piece = update.applied(piece.float().reshape(last - first, *shape[1:]), first)
         result = piece.to(wanted).contiguous()

@@ -213,6 +213,16 @@ def read(tensor: Stored, index: int, rows: slice, columns: slice) -> np.ndarray:
     return block
 
 
+def elements(tensor: Stored, start: int, stop: int) -> np.ndarray:
+    """Elements start … stop - 1 of a tensor, row after row, in the type that it has on disk, as `read` gives it."""
+    if tensor.offset is None:
+        return _from_torch(_bin(tensor.file, tensor.file.stat().st_mtime_ns)[tensor.name]).reshape(-1)[start:stop]
+    block = np.empty(stop - start, _NUMPY[tensor.dtype])
+    with tensor.file.open("rb", buffering=0) as stream:
+        _fill(stream, block, tensor.offset + start * block.itemsize, tensor)
+    return block
+
+
 def _fill(stream: FileIO, block: np.ndarray, start: int, tensor: Stored) -> None:
     view, got = block.data.cast("B"), 0
     while got < len(view):
