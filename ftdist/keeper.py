@@ -175,7 +175,7 @@ class Keeper(TrainerCallback):
                 vars(callback).update(known.get(type(callback).__name__, {}).get("attributes", {}))
         if self.main:
             (self.run_dir / stops.RUNNING).touch()
-        stops.training(True)
+        stops.training_begins()
         self.step_began = self.saved_at = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -241,10 +241,11 @@ class Keeper(TrainerCallback):
     def _reason(self, step: int) -> str | None:
         if reason := stops.noted():
             return reason
-        if self.main:
-            reserve = self.step_seconds + self.save_seconds
-            return stops.requested(self.run_dir) or self.limit.reached(step, reserve)
-        return None
+        if not self.main:
+            return None
+        finished = step >= self.trainer.state.max_steps  # no step is left that a limit could forbid
+        reserve = self.step_seconds + self.save_seconds
+        return stops.requested(self.run_dir) or (None if finished else self.limit.reached(step, reserve))
 
     # Saving
 
@@ -285,7 +286,6 @@ class Keeper(TrainerCallback):
         self._finish()
         if self.main:
             (self.run_dir / stops.RUNNING).unlink(missing_ok=True)
-        stops.training(False)
 
     def _start(self, step: int, tensors: dict[str, Any], own: dict[str, Any]) -> None:
         """Make room, agree that there is enough, and write from a thread."""
@@ -480,7 +480,10 @@ def token_of(run_dir: Path, ranks: Ranks) -> int:
     token = 0
     if ranks.rank == 0:
         given = os.environ.get(lease.VARIABLE)
-        token = int(given) if given else lease.take(run_dir).token
-        lease.check(run_dir, token)
-        lease.keep_alive(run_dir, token)
+        if given:
+            token = int(given)
+            lease.check(run_dir, token)
+            lease.keep_alive(run_dir, token)
+        else:
+            token = lease.take(run_dir).token
     return int(ranks.from_first(token))

@@ -195,7 +195,9 @@ def run(run_dir: Path, count: int, token: int, grace: float) -> None:
         except KeyboardInterrupt:
             if "Ctrl-C" in asked:
                 raise
-            raise Failed(f"stopped ({next(iter(asked))}) before training began: {run_dir}", STOPPED)
+            raise Failed(
+                f"stopped ({next(iter(asked))}) outside training: go on with: ftdist resume {run_dir}", STOPPED
+            )
         finally:
             if child is not None:
                 _stop(child, grace if (run_dir / stops.RUNNING).exists() and "Ctrl-C" not in asked else 0)

@@ -43,7 +43,7 @@ class Lease:
 
 
 def take(run_dir: Path) -> Lease:
-    """Take the run directory for this process. UserError names who holds it, if that process is alive."""
+    """Take the run directory for this process, and show that it lives. UserError names who holds it and is alive."""
     with locked(run_dir):
         holder = read(run_dir)
         if holder is not None and _alive(run_dir, holder):
@@ -63,6 +63,7 @@ def take(run_dir: Path) -> Lease:
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )
         _write(run_dir, mine)
+    keep_alive(run_dir, mine.token)
     return mine
 
 

@@ -24,19 +24,19 @@ AGAIN = 1.0  # seconds: the terminal and the launcher both pass on one Ctrl-C; a
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _noted: dict[str, Any] = {}
-_training = False
+_nothing_to_save = True
 
 
 def listen() -> None:
-    """From now on signals that ask for an end are noted; before training begins they end the process at once."""
+    """From now on signals that ask for an end are noted; until training begins they end the process at once."""
     for number in SIGNALS:
         signal.signal(number, _note)
 
 
-def training(started: bool) -> None:
-    """Whether there is something that a stop has to save."""
-    global _training
-    _training = started
+def training_begins() -> None:
+    """From now on a stop has something to save, and afterwards a model to write."""
+    global _nothing_to_save
+    _nothing_to_save = False
 
 
 def _note(number: int, _: Any) -> None:
@@ -45,7 +45,7 @@ def _note(number: int, _: Any) -> None:
         os._exit(INTERRUPTED)
     _noted.setdefault(SIGNALS[signal.Signals(number)], now)
     _noted.setdefault("reason", SIGNALS[signal.Signals(number)])
-    if not _training:
+    if _nothing_to_save:
         os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
 
 
