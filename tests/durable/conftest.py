@@ -9,15 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-STEPS = 6
-BASE = (
-    "train.learning_rate=1e-2",
-    "cluster.oversubscribe=true",
-    f"train.max_steps={STEPS}",
-    "eval.samples=0",
-    "checkpoint.every_minutes=null",
-)
+from runs import BASE, last_words
 
 
 class Forks:
@@ -130,31 +122,6 @@ def untouched(forks, words, tmp_path_factory):
         return made[key]
 
     return untouched
-
-
-def last_words(run_dir):
-    return "\n".join(f.read_text()[-1500:] for f in sorted((run_dir / "logs").glob("rank-*")) if f.is_file())
-
-
-def metrics(run_dir):
-    """The lines of metrics.jsonl without what a clock has measured."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-
-
-def events(run_dir, name):
-    rows = [json.loads(line) for line in (run_dir / "events.jsonl").open()]
-    return [row for row in rows if row["event"] == name]
-
-
-def weights(run_dir):
-    return {f.name: f.read_bytes() for f in sorted((run_dir / "final").glob("*.safetensors"))}
-
-
-def same(run_dir, other):
-    """The same losses, rates, norms and token counts in every step, and the same bits in the end."""
-    assert metrics(run_dir) == metrics(other)
-    assert weights(run_dir) == weights(other) and weights(other)
 
 
 def pytest_terminal_summary(terminalreporter):

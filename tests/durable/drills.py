@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 
-from conftest import last_words, same
+from runs import last_words, same
 
 LONG = ("train.max_steps=30", "checkpoint.every_steps=3", "train.num_train_epochs=9")  # past the first epoch's end
 

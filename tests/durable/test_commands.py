@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import events, metrics, same
+from runs import events, metrics, same
 
 REPOSITORY = Path(__file__).parents[2]
 LONG = ("train.max_steps=30", "checkpoint.every_steps=3", "train.num_train_epochs=9")

@@ -5,8 +5,8 @@ import shutil
 import signal
 
 import pytest
-from conftest import events, last_words, metrics, same
 from drills import DAMAGES, LONG, committed, drill, kill, steps_done, unmake, until
+from runs import events, last_words, metrics, same
 
 DRILLED = [("full", "zero2"), ("lora", "ddp"), ("spectrum", "zero3")]
 

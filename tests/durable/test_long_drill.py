@@ -8,8 +8,8 @@ import signal
 import subprocess
 
 import pytest
-from conftest import events, last_words, same
 from drills import DAMAGES, LONG, committed, drill, kill, steps_done, until
+from runs import events, last_words, same
 
 from ftdist import lease
 from ftdist.errors import UserError

@@ -1,7 +1,7 @@
 """The same run on another number of processes, another ZeRO stage, another engine: the same rows, the same curve."""
 
 import pytest
-from conftest import last_words, metrics
+from runs import last_words, metrics
 
 TOLERANCE = 1e-4  # of a loss: sums are made in another order
 

@@ -1,7 +1,7 @@
 """A run that was interrupted ends as if nothing had happened."""
 
 import pytest
-from conftest import STEPS, events, last_words, metrics, same, weights
+from runs import STEPS, events, last_words, metrics, same, weights
 
 CELLS = [(s, e) for s in ("full", "lora", "qlora", "spectrum") for e in ("ddp", "zero2", "zero3")]
 
