@@ -2,6 +2,8 @@
 
 import json
 
+from ftdist.doctor import MEASURED
+
 STEPS = 6
 BASE = (
     "train.learning_rate=1e-2",
@@ -17,9 +19,9 @@ def last_words(run_dir):
 
 
 def metrics(run_dir):
-    """The lines of metrics.jsonl without what a clock has measured."""
+    """The lines of metrics.jsonl without what was measured on the machine."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def events(run_dir, name):
