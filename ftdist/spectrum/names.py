@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 Shape = tuple[int, ...]
+Threshold = Literal["reference", "marchenko_pastur"]
 
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}
 _HEADS = {"lm_head", "embed_out", "output"}

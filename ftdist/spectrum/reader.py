@@ -19,12 +19,11 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ftdist.errors import UserError
 from ftdist.rundir import cache_root
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes an element
@@ -195,6 +194,8 @@ def read(tensor: Stored, index: int, rows: slice, columns: slice) -> np.ndarray:
 
     Whole rows are one read, parts of rows one read each.
     """
+    import numpy as np
+
     height, width = tensor.matrix
     if tensor.offset is None:
         return _from_torch(_bin(tensor.file, tensor.file.stat().st_mtime_ns)[tensor.name]).reshape(-1, height, width)[

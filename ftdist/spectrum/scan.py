@@ -27,8 +27,8 @@ from ftdist.launcher import workers
 from ftdist.rundir import cache_root
 from ftdist.spectrum import names, reader, work
 from ftdist.spectrum.formats import dumps
+from ftdist.spectrum.names import Threshold
 from ftdist.spectrum.reader import Stored
-from ftdist.spectrum.snr import Threshold
 
 _VERSION = 2  # of the numbers: a change of method must not meet old results
 _METHODS = ("norm", "gram32", "gram64", "svd")  # the one of a stack is the last that any of its matrices needed

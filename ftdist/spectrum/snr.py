@@ -30,7 +30,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-Threshold = Literal["reference", "marchenko_pastur"]
+from ftdist.spectrum.names import Threshold
+
 THRESHOLDS: tuple[Threshold, ...] = ("reference", "marchenko_pastur")
 TOLERANCE = 3e-6  # relative, of the SNR
 _EPSILON = 2.0**-52

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from ftdist.spectrum import names, reader
-from ftdist.spectrum.names import Shape
+from ftdist.spectrum.names import Shape, Threshold
 from ftdist.spectrum.scan import launched_as, scan
 from ftdist.spectrum.select import Scan, Selection, load_scan, select, write_reference_json, write_unfrozen_yaml
-from ftdist.spectrum.snr import Threshold
 
 
 def run(

@@ -13,14 +13,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ftdist.errors import USAGE, UserError
 from ftdist.launcher import devices
-from ftdist.spectrum import snr
 from ftdist.spectrum.reader import Stored, read
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ftdist.spectrum.snr import Precision
 
 # Bytes of a piece: 32 MiB beside the Gram matrix on a CPU, 512 MiB on a GPU.
 _PIECE = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -31,6 +33,8 @@ def measure_all(tensors: list[Stored], results: Path, device: str) -> None:
 
     UserError for a weight that is NaN or infinite.
     """
+    from ftdist.spectrum import snr
+
     with results.open("a") as stream:
         for tensor in tensors:
             stack = tensor.shape[0] if len(tensor.shape) == 3 else 1
@@ -43,10 +47,12 @@ def measure_all(tensors: list[Stored], results: Path, device: str) -> None:
 
 
 def _measure(tensor: Stored, index: int, device: str) -> dict[str, Any]:
+    from ftdist.spectrum import snr
+
     return snr.measure(lambda precision: slices(tensor, index, device, precision), tensor.matrix)
 
 
-def slices(tensor: Stored, index: int, device: str, precision: snr.Precision) -> Iterator[Any]:
+def slices(tensor: Stored, index: int, device: str, precision: Precision) -> Iterator[Any]:
     """Matrix `index` of a tensor in pieces with the short side as columns: numpy arrays, torch tensors on a GPU."""
     (rows, columns), everything = tensor.matrix, slice(None)
     short, long = min(rows, columns), max(rows, columns)
@@ -70,6 +76,8 @@ def _exact(block: np.ndarray, dtype: str, device: str, width: int) -> Any:
         moved = moved.view(torch.bfloat16) if dtype == "BF16" else moved
         return moved.to(torch.float64 if width == 8 else torch.float32)
     if dtype == "BF16":
+        import numpy as np
+
         bits = block.astype(np.uint32)
         bits <<= 16
         block = bits.view(np.float32)

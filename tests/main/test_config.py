@@ -121,6 +121,8 @@ REFUSED = {
     # words that are no override
     "chat.jsonl": ("chat.jsonl", "data.path=chat.jsonl"),
     "train.learning_rate=[1": ("train.learning_rate",),
+    "data.path=[ab].jsonl": ("data.path=[ab].jsonl", "'data.path=\"[ab].jsonl\"'"),
+    "data.columns={foo:bar}": ("data.columns.foo",),
     "train.learning_rate=${foo}": ("train.learning_rate", "foo"),
     "train.max_steps=1,2": ("train.max_steps=1,2", "-m"),
     "--bogus": ("--bogus", "--help"),

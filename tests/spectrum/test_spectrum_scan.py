@@ -216,6 +216,21 @@ def test_ranks_of_a_launcher_share_the_work(checkpoint, tmp_path, cache, monkeyp
     assert run(checkpoint("llama"), tmp_path / "one.json").read_text() == (tmp_path / "snr.json").read_text()
 
 
+def test_the_rank_that_prepares_a_run_scans_alone(checkpoint, tmp_path, monkeypatch):
+    """Under `accelerate launch -m ftdist.train` rank 0 prepares and the others wait for it, not it for them."""
+    from ftdist.strategies import Base, spectrum
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(scan, "_STALL", 1.0)
+    base = Base(verb.disk_shapes(checkpoint("llama")), "float32", "float32", measured=False)
+    keys = {"parameters": None, "scan": None, "threshold": "reference", "group_experts": True, "top_percent": 50,
+            "trainable_budget": None, "types": "all", "embeddings": True, "head": True, "norms": True}  # fmt: skip
+    decided = spectrum.prepare(base, str(checkpoint("llama")), tmp_path, 1, **keys)
+    assert len(load_scan(tmp_path / "snr.json").entries) == len(weights_of(checkpoint("llama")))
+    assert decided == {"scan": str(tmp_path / "snr.json")}
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
