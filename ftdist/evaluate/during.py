@@ -25,7 +25,7 @@ class Examiner:
 
     def __init__(self, prepared: Path, count: int, tokenizer: Any, seed: int, eval_keys: dict[str, Any]) -> None:
         rows = [json.loads(line) for line in (prepared / "validation_rows.jsonl").open(encoding="utf-8")]
-        rows = [row for row in rows if row["prompt"]]
+        rows = [row for row in rows if row["prompt"] and (row["reference"] or "").strip()]
         self.rows = random.Random(seed).sample(rows, count) if len(rows) > count else rows
         self.tokenizer, self.keys = tokenizer, eval_keys
         self.prompts = [tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in self.rows]

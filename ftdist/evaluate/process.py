@@ -39,13 +39,14 @@ def run(
         loader = of_run
         sides = ["base", "tuned"]
     rows = [json.loads(line) for line in (prepared / "validation_rows.jsonl").open(encoding="utf-8")]
-    with_prompt = [row for row in rows if row["prompt"]]
+    asked = [row for row in rows if row["prompt"]]
+    with_prompt = [row for row in asked if (row["reference"] or "").strip()]
     if len(with_prompt) > wanted["samples"]:
         with_prompt = random.Random(config["seed"]).sample(with_prompt, wanted["samples"])
     prompts, references = [r["prompt"] for r in with_prompt], [r["reference"] for r in with_prompt]
     found: dict[str, dict[str, scores.Metric]] = {}
     answers: dict[str, list[str]] = {}
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {"without_reference": len(asked) - len(with_prompt)}
     shared = None
     for which in sides:
         if plan is None:

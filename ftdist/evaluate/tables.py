@@ -41,6 +41,8 @@ def remarks(metrics: dict[str, Any], held_out: int) -> list[str]:
         empty = metrics.get(side, {}).get("empty")
         if empty:
             lines.append(f"{side}: {empty} of {tuned['rows']} answers are empty")
+    if metrics.get("without_reference"):
+        lines.append(f"{metrics['without_reference']} rows have no reference answer and were left out")
     if metrics.get("prompts_cut"):
         lines.append(f"{metrics['prompts_cut']} prompts are longer than the model's context: their beginnings were cut")
     judge = metrics.get("g_eval_judge")

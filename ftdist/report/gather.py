@@ -86,6 +86,7 @@ def _deltas(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         defaults = flat(compose.compose("report", words)[0])
     except UserError:  # a choice of a package that is not installed here
         return []
+    defaults |= dict.fromkeys(("model.path", "data.path"))
     mine = flat(config)
     left_out = ("run_dir", "cluster.name")
     return [
