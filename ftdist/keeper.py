@@ -173,9 +173,10 @@ class Keeper(TrainerCallback):
             known = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["stateful_callbacks"]
             for callback in self._stateful():
                 vars(callback).update(known.get(type(callback).__name__, {}).get("attributes", {}))
+        stops.training_begins()
+        self.ranks.gather(None)  # from here on every rank notes a signal and goes on to the end of its step
         if self.main:
             (self.run_dir / stops.RUNNING).touch()
-        stops.training_begins()
         self.step_began = self.saved_at = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,16 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _noted: dict[str, Any] = {}
 _nothing_to_save = True
+_last_word: Callable[[str, int], None] = lambda _text, _status: None
 
 
-def listen() -> None:
-    """From now on signals that ask for an end are noted; until training begins they end the process at once."""
+def listen(last_word: Callable[[str, int], None]) -> None:
+    """From now on signals that ask for an end are noted; until training begins they end the process at once.
+
+    last_word: told why, and with which status, before it ends.
+    """
+    global _last_word
+    _last_word = last_word
     for number in SIGNALS:
         signal.signal(number, _note)
 
@@ -46,7 +53,9 @@ def _note(number: int, _: Any) -> None:
     _noted.setdefault(SIGNALS[signal.Signals(number)], now)
     _noted.setdefault("reason", SIGNALS[signal.Signals(number)])
     if _nothing_to_save:
-        os._exit(INTERRUPTED if number == signal.SIGINT else STOPPED)
+        status = INTERRUPTED if number == signal.SIGINT else STOPPED
+        _last_word(f"stopped ({_noted['reason']}) before training began", status)
+        os._exit(status)
 
 
 def noted() -> str | None:

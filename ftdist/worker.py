@@ -187,7 +187,7 @@ def main(run_dir: Path) -> int:
     # A rank whose launcher is gone has nobody who would stop it: save and end with the parent (Linux, 1 = PDEATHSIG).
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    stops.listen()
+    stops.listen(partial(fail, run_dir))
     try:
         return train(run_dir)
     except Exception as failure:
