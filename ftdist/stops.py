@@ -26,7 +26,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _noted: dict[str, Any] = {}
 _nothing_to_save = True
-_last_word: Callable[[str, int], None] = lambda _text, _status: None
+_last_word: Callable[[str, int], None] | None = None
 
 
 def listen(last_word: Callable[[str, int], None]) -> None:
@@ -54,6 +54,7 @@ def _note(number: int, _: Any) -> None:
     _noted.setdefault("reason", SIGNALS[signal.Signals(number)])
     if _nothing_to_save:
         status = INTERRUPTED if number == signal.SIGINT else STOPPED
+        assert _last_word is not None
         _last_word(f"stopped ({_noted['reason']}) before training began", status)
         os._exit(status)
 
