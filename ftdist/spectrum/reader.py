@@ -216,6 +216,8 @@ def read(tensor: Stored, index: int, rows: slice, columns: slice) -> np.ndarray:
 
 def elements(tensor: Stored, start: int, stop: int) -> np.ndarray:
     """Elements start … stop - 1 of a tensor, row after row, in the type that it has on disk, as `read` gives it."""
+    import numpy as np
+
     if tensor.offset is None:
         return _from_torch(_bin(tensor.file, tensor.file.stat().st_mtime_ns)[tensor.name]).reshape(-1)[start:stop]
     block = np.empty(stop - start, _NUMPY[tensor.dtype])
