@@ -7,6 +7,7 @@ has the size and the SHA-256 that it says. A draft has another name until it is 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -44,6 +45,11 @@ class Broken(Exception):
 def folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run_dir / FOLDER / f"step-{step:08d}"
+
+
+def rank_stem(rank: int) -> str:
+    """What the names of a rank's two files begin with."""
+    return f"rank-{rank:05d}"
 
 
 def drafts(run_dir: Path, step: int, token: int) -> Path:
@@ -92,14 +98,19 @@ def sync(directory: Path) -> None:
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest, if it is whole and every file that it lists is there with its size; else Broken."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        said = manifest.pop("manifest_sha256")
+        text = (checkpoint / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise Broken("no manifest")
-    except (OSError, ValueError, KeyError, AttributeError):
+    try:
+        manifest = json.loads(text)
+        said = manifest.pop("manifest_sha256")
+    except (ValueError, KeyError, AttributeError):
         raise Broken("unreadable manifest")
     if said != _checksum(manifest):
         raise Broken("the manifest does not have its own checksum")
+    for rank in range(0 if manifest["initial"] else manifest["world_size"]):
+        if not {f"{rank_stem(rank)}.json", f"{rank_stem(rank)}.safetensors"} <= set(manifest["files"]):
+            raise Broken(f"the files of rank {rank} are not in the manifest")
     for name, entry in manifest["files"].items():
         file = checkpoint / name
         if Path(name).name != name or not file.is_file():
@@ -110,13 +121,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify(checkpoint: Path, files: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Broken, unless the named files have the bytes that were written."""
+    """Broken, unless the named files have the bytes that were written. Other errors of reading pass through."""
     for name in names:
         try:
             with (checkpoint / name).open("rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        except OSError as failure:
-            raise Broken(f"{name} cannot be read ({failure.strerror})")
+        except FileNotFoundError:
+            raise Broken(f"{name} is missing")
         if digest != files[name]["sha256"]:
             raise Broken(f"{name} does not have the bytes that were written")
 
@@ -126,8 +137,7 @@ def set_aside(run_dir: Path, step: int) -> Path:
     source = folder(run_dir, step)
     parent = run_dir / FOLDER / ASIDE
     parent.mkdir(exist_ok=True)
-    count = sum(1 for child in parent.iterdir() if child.name.startswith(source.name))
-    target = parent / f"{source.name}.{count + 1}"
+    target = next(t for n in itertools.count(1) if not (t := parent / f"{source.name}.{n}").exists())
     source.rename(target)
     return target
 

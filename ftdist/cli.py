@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import schema
-from ftdist.errors import FAILED, INTERRUPTED, OK, USAGE, Failed, UserError
+from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, USAGE, Failed, UserError
 
 HELP = """ftdist VERB …   distributed fine-tuning of language models that can be trusted
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"ftdist {__version__}")
         return OK
+    if words[0] in ("train", "resume"):
+        _private_and_stoppable()
     try:
         verb = VERBS.get(words[0])
         if verb is None:
@@ -69,6 +72,23 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         sys.stderr.close()
         return FAILED
+
+
+def _private_and_stoppable() -> None:
+    """What a run writes is its owner's; a signal that asks for an end outside training ends it in order."""
+    import signal
+    import time
+
+    from ftdist import rundir, stops
+
+    def stop(number: int, _: object) -> None:
+        raise Failed(f"stopped ({signal.Signals(number).name}) outside training; start it again to go on", STOPPED)
+
+    for number in stops.SIGNALS:
+        if number != signal.SIGINT:
+            signal.signal(number, stop)
+    os.umask(rundir.PRIVATE)
+    os.environ[stops.STARTED] = str(time.time())
 
 
 def train(argv: list[str]) -> int:

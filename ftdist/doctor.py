@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -89,8 +90,8 @@ def fault_drill(words: list[str], kills: int, seed: int) -> None:
 
 
 def _start(run_dir: Path, words: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "ftdist.cli", "train", *DRILL, *words, f"run_dir={run_dir}", "resume=auto"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    command = [sys.executable, "-m", "ftdist.cli", "train", *words, *DRILL, f"run_dir={run_dir}", "resume=auto"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)  # Ctrl-C reaches it too
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -107,7 +108,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     """Everything at once, as a power cut does it: stopped first, so that nobody sees another one die."""
     import psutil
 
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        process.wait()
+        return
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for member in family:
             try:
@@ -119,10 +124,13 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _compare(one: Path, other: Path) -> None:
-    for a, b in zip(_metrics(one), _metrics(other), strict=True):
+    for a, b in itertools.zip_longest(_metrics(one), _metrics(other)):
         if a != b:
-            raise Failed(f"step {a['step']} differs: {a} untouched, {b} after the kills ({one.parent} is kept)")
-    for file in sorted((one / "final").glob("*.safetensors")):
+            raise Failed(f"metrics.jsonl differs: {a} untouched, {b} after the kills ({one.parent} is kept)")
+    files = sorted((one / "final").glob("*.safetensors"))
+    if not files:
+        raise Failed(f"{one / 'final'}: no weights in it ({one.parent} is kept)")
+    for file in files:
         if file.read_bytes() != (other / "final" / file.name).read_bytes():
             raise Failed(f"{file.name}: the final weights differ ({one.parent} is kept)")
 

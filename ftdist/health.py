@@ -78,7 +78,9 @@ class Health:
             self._say(step, "left-out", "left out, as decided before")
             return False
         if not math.isfinite(norm):
-            return self.scaled or self._act(self.nonfinite, "nonfinite", step, norm, "the gradients are not finite")
+            if self.scaled and all(map(math.isfinite, self.losses())):
+                return True  # too large a loss scale: the scaler leaves the step out and takes a smaller one
+            return self._act(self.nonfinite, "nonfinite", step, norm, "the gradients are not finite")
         usual = statistics.median(self.norms) if len(self.norms) >= ENOUGH else math.inf
         self.norms.append(norm)
         if self.spike != "ignore" and norm > self.spike_factor * usual:

@@ -38,6 +38,7 @@ from ftdist.strategies import Base, Recipe, find, preparation
 
 GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "health", "eval",
           "export", "chat", "tracking")  # fmt: skip
+ROLL_BACKS = 3  # from one checkpoint, before it is given up
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
 BF16_CAPABILITY = 8.0  # Ampere, the first GPUs with bfloat16
@@ -279,8 +280,7 @@ def ready(config: dict[str, Any]) -> None:
 
 def run(config: dict[str, Any], run_dir: Path) -> None:
     """Prepare, freeze, launch and evaluate one configuration in a run directory of its own."""
-    with rundir.claimed(run_dir):
-        token = lease.take(run_dir).token
+    with rundir.claimed(run_dir) as token:
         freeze(config, run_dir)
     try:
         launch(run_dir, token)
@@ -300,16 +300,20 @@ def launch(run_dir: Path, token: int) -> None:
     print(f"starting {world} ({config['engine']['name']}) in {run_dir}", flush=True)
     if config["engine"]["name"] == "zero3_nvme":
         print("engine=zero3_nvme: no checkpoints; a run that is stopped begins again", flush=True)
-    keys, restarts = config["health"], 0
+    keys, restarts, rolled_back = config["health"], 0, 0
     while True:
         before = _progress(run_dir)
         try:
             launcher.run(run_dir, count, token, keys["grace_seconds"])
             break
         except Failed as failure:
-            again = rundir.left_out(run_dir) != before[1]  # a roll-back: the last checkpoint, without that step
-            if not again:
-                if failure.status != FAILED or restarts >= keys["max_restarts"]:
+            if rundir.left_out(run_dir) != before[1]:  # a roll-back: the last checkpoint, without that step
+                rolled_back = rolled_back + 1 if checkpoint.steps(run_dir)[:1] == before[0] else 1
+                if rolled_back > ROLL_BACKS:
+                    raise Failed(f"{failure}; {rolled_back} times now without a checkpoint in between", FENCED)
+            else:
+                asked = (run_dir / stops.REQUEST).exists()
+                if failure.status != FAILED or asked or restarts >= keys["max_restarts"]:
                     raise
                 if _progress(run_dir) == before:
                     raise Failed(f"{failure}; not started again: no checkpoint since the last start", FENCED)

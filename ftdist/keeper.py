@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,20 +13,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import psutil
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ftdist import checkpoint, lease, stops
 from ftdist.errors import FENCED, Failed
 from ftdist.ranks import Ranks
-from ftdist.rundir import record
-from ftdist.state import State, random_state, set_random_state, write
+from ftdist.rundir import forget_last_start, record
+from ftdist.state import State, copied, random_state, set_random_state, write
 
 STATE_FILE = "trainer_state.json"  # transformers' own name and format, without its log
+BEGUN = ".begun"  # beside the checkpoints: they can be lost, but not unnoticed
+ROOM = 1.2  # free host memory wanted for a copy, as a multiple of its bytes
+END = 60.0  # seconds of training that are worth a checkpoint before the model is written
 
 
-def choose(run_dir: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+def choose(run_dir: Path, ranks: Ranks, run_id: str) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, with its manifest; None for a run that has not begun to train.
 
     The ranks share the reading. What does not verify is set aside, and said. Failed when nothing is left: a run that
@@ -34,11 +38,19 @@ def choose(run_dir: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
     if ranks.rank == 0:
         checkpoint.remove_drafts(run_dir)
     if not ranks.from_first((run_dir / checkpoint.FOLDER).is_dir()):
+        if ranks.from_first((run_dir / BEGUN).exists()):
+            raise Failed(
+                f"{run_dir}: the run has trained and its folder checkpoints/ is gone; bring it back, or start a new "
+                "run with another run_dir",
+                FENCED,
+            )
         return None
     steps = ranks.from_first(checkpoint.steps(run_dir))
     for step in steps:
         path = checkpoint.folder(run_dir, step)
         manifest, reason = ranks.from_first(_read(path))
+        if not reason and manifest["id"] != run_id:
+            reason = "of another run"
         if not reason:
             names = sorted(manifest["files"])[ranks.rank :: ranks.world]
             reason = next(filter(None, ranks.gather(_verify(path, manifest["files"], names))), "")
@@ -61,6 +73,8 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         return checkpoint.read_manifest(path), ""
     except checkpoint.Broken as failure:
         return {}, str(failure)
+    except OSError as failure:  # of the file system, not of the checkpoint: nothing is set aside for it
+        raise Failed(f"{path}: cannot be read ({failure.strerror}); start again when it can")
 
 
 def _verify(path: Path, files: Mapping[str, Any], names: list[str]) -> str:
@@ -68,6 +82,8 @@ def _verify(path: Path, files: Mapping[str, Any], names: list[str]) -> str:
         checkpoint.verify(path, files, names)
     except checkpoint.Broken as failure:
         return str(failure)
+    except OSError as failure:
+        raise Failed(f"{path}: cannot be read ({failure.strerror}); start again when it can")
     return ""
 
 
@@ -148,7 +164,10 @@ class Keeper(TrainerCallback):
     def asked_to_stop(self) -> bool:
         """Agreed by all ranks. Called between the batches of an evaluation."""
         self.progress(self.trainer.state.global_step)
-        return bool(self._agree(self.trainer.state.global_step)[0])
+        stop, writing, _ = self._agree(self.trainer.state.global_step)
+        if self.draft is not None and not writing:
+            self._finish()
+        return bool(stop)
 
     # What happens at a step
 
@@ -182,6 +201,9 @@ class Keeper(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress(state.global_step)
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         self.progress(step)
@@ -192,8 +214,9 @@ class Keeper(TrainerCallback):
             self._finish()
         boundary = step % self.trainer.steps_per_epoch == 0 or step >= state.max_steps
         if stop:
-            self._stop(step, control, boundary and args.eval_strategy == "epoch" or control.should_evaluate)
-        elif due and step < state.max_steps:
+            by_epoch = boundary and args.eval_strategy == "epoch" and args.eval_delay <= state.epoch
+            self._stop(step, control, by_epoch or control.should_evaluate)
+        elif due:
             if boundary:
                 self.due_at_epoch_end = True  # after the evaluation that comes first there
             else:
@@ -213,7 +236,7 @@ class Keeper(TrainerCallback):
         self.evaluated = state.global_step, loss
         if self.best is None or loss < self.best:
             self.best = loss
-            if self.keep_best and state.global_step < state.max_steps:
+            if self.keep_best:
                 control.should_save = True
 
     def interrupted_evaluation(self, control: Any) -> None:
@@ -232,8 +255,9 @@ class Keeper(TrainerCallback):
         due = False
         if self.main:
             lease.check(self.run_dir, self.token)
-            minutes = (time.monotonic() - self.saved_at) / 60
-            due = self.every_minutes is not None and minutes >= self.every_minutes
+            seconds = time.monotonic() - self.saved_at
+            due = self.every_minutes is not None and seconds >= 60 * self.every_minutes
+            due = due or (step >= self.trainer.state.max_steps and seconds >= END)
         if self.every_steps is not None and step % self.every_steps == 0:
             due = True
         writing = self.draft is not None and not self.draft.written
@@ -259,8 +283,13 @@ class Keeper(TrainerCallback):
             self._failed(step, "engine=zero3_nvme has its states on its own disk")
         elif self.committed != step:
             state = State(trainer.model, trainer.optimizer, self.ranks.rank, self.ranks.world)
-            tensors, index = state.snapshot()
+            tensors, index = state.held()
             random_tensors, random_plain = random_state()
+            needed = sum(tensor.nbytes for tensor in tensors.values())
+            tight = psutil.virtual_memory().available < ROOM * needed
+            behind = self.background and not self.stopping and not self.ranks.maximum(int(tight))[0]
+            if self.background and not behind and not self.stopping and self.main:
+                print(f"step {step}: no host memory for a copy of {needed:,} bytes; training waits for the save")
             scaler = getattr(trainer.accelerator, "scaler", None)
             own = {
                 "state": index,
@@ -270,10 +299,11 @@ class Keeper(TrainerCallback):
                 "schedule": _schedule(trainer).state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
-            self._start(step, tensors | random_tensors, own)
+            self._start(step, (copied(tensors) if behind else tensors) | random_tensors, own)
             self.pause = time.monotonic() - began
-            if self.stopping or not self.background:
+            if not behind:
                 self._finish()
+                self.pause = time.monotonic() - began
         self.saved_at = time.monotonic()
         self.save_seconds = max(self.save_seconds, self.saved_at - began)
         if self.stopping and self.committed != step:
@@ -283,8 +313,11 @@ class Keeper(TrainerCallback):
             )
 
     def close(self) -> None:
-        """Finish what is still being written, and show that nothing is trained any more."""
+        """Finish what is still being written."""
         self._finish()
+
+    def ended(self) -> None:
+        """What was trained has its place: a stop has nothing to save any more."""
         if self.main:
             (self.run_dir / stops.RUNNING).unlink(missing_ok=True)
 
@@ -294,15 +327,15 @@ class Keeper(TrainerCallback):
         draft = checkpoint.drafts(self.run_dir, step, self.token)
         problem = ""
         if self.main:
-            lacking = checkpoint.lacking_bytes(self.run_dir / checkpoint.FOLDER, sum(sizes))
-            if lacking:
-                problem = f"the disk lacks {lacking:,} of {sum(sizes):,} bytes"
-            else:
-                try:
+            try:
+                lacking = checkpoint.lacking_bytes(self.run_dir / checkpoint.FOLDER, sum(sizes))
+                if lacking:
+                    problem = f"the disk lacks {lacking:,} of {sum(sizes):,} bytes"
+                else:
                     shutil.rmtree(draft, ignore_errors=True)
                     draft.mkdir(mode=0o700)
-                except OSError as failure:
-                    problem = str(failure)
+            except OSError as failure:
+                problem = str(failure)
         problem = self.ranks.from_first(problem)
         if problem:
             self._failed(step, problem)
@@ -312,6 +345,7 @@ class Keeper(TrainerCallback):
             "step": step,
             "world_size": self.ranks.world,
             "tokens": sum(self.ranks.gather(self.trainer.tokens)),
+            "samples": self._samples(step),
             "initial": False,
             "last_logged": self.trainer._globalstep_last_logged,
             "evaluation_pending": self.evaluation_pending,
@@ -325,7 +359,9 @@ class Keeper(TrainerCallback):
         if self.draft is None:
             return
         draft, self.draft = self.draft, None
-        draft.wait()
+        while not draft.written:
+            draft.wait(1.0)
+            self.progress(self.trainer.state.global_step)
         results = self.ranks.gather((draft.files, draft.problem))
         step = draft.manifest["step"]
         problem = next((p for _, p in results if p), "")
@@ -342,12 +378,17 @@ class Keeper(TrainerCallback):
         if self.main:
             size = sum(entry["bytes"] for part, _ in results for entry in part.values())
             record(self.run_dir, "checkpoint", step, bytes=size, pause=self.pause, write=draft.seconds)
-            self._rotate()
+            try:
+                self._rotate()
+            except OSError as failure:
+                print(f"warning: an older checkpoint could not be removed ({failure})", flush=True)
 
     def _commit(self, draft: Path, manifest: dict[str, Any]) -> str:
         """Rank 0: the files become a checkpoint, unless somebody else has the run. The problem, if there is one."""
-        checkpoint.sync(draft)
         try:
+            with contextlib.suppress(FileNotFoundError):  # nothing was logged yet
+                _sync_file(self.run_dir / "metrics.jsonl")
+            checkpoint.sync(draft)
             with lease.guarded(self.run_dir, self.token):
                 checkpoint.commit(draft, checkpoint.folder(self.run_dir, manifest["step"]), self._whole(manifest))
         except OSError as failure:
@@ -371,6 +412,7 @@ class Keeper(TrainerCallback):
                     "step": 0,
                     "world_size": self.ranks.world,
                     "tokens": 0,
+                    "samples": 0,
                     "initial": True,
                     "last_logged": 0,
                     "evaluation_pending": False,
@@ -382,12 +424,20 @@ class Keeper(TrainerCallback):
                 with lease.guarded(self.run_dir, self.token):
                     parent.rename(self.run_dir / checkpoint.FOLDER)
                 checkpoint.sync(self.run_dir)
+                (self.run_dir / BEGUN).touch()
+                checkpoint.sync(self.run_dir)
             except OSError as failure:
                 problem = str(failure)
         problem = self.ranks.from_first(problem)
         if problem:
             raise Failed(f"cannot save in {self.run_dir}: {problem}")
         self.committed = 0
+
+    def _samples(self, step: int) -> int:
+        """Rows seen after a step, fillers not counted."""
+        epochs, steps = divmod(step, self.trainer.steps_per_epoch)
+        rows = len(self.trainer.train_dataset)
+        return epochs * rows + min(rows, steps * int(self.facts["sequences_per_step"]))
 
     def _whole(self, manifest: dict[str, Any]) -> dict[str, Any]:
         return {**self.facts, "token": self.token, "time": time.time(), **manifest}
@@ -453,16 +503,21 @@ class _Draft:
                 (self.path / name).write_text(text, encoding="utf-8")
                 written.append(self.path / name)
             self.files = {file.name: checkpoint.fingerprint(file) for file in written}
-        except (OSError, SafetensorError) as failure:
-            self.problem = f"rank {rank}: {str(failure).strip().splitlines()[0]}"
+        except Exception as failure:  # whatever it was: what is not written must not be committed
+            self.problem = f"rank {rank}: {type(failure).__name__}: {str(failure).strip() or 'no reason given'}"
         self.seconds = time.monotonic() - began
 
     @property
     def written(self) -> bool:
         return not self.thread.is_alive()
 
-    def wait(self) -> None:
-        self.thread.join()
+    def wait(self, seconds: float) -> None:
+        self.thread.join(seconds)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _schedule(trainer: Any) -> Any:
@@ -472,7 +527,9 @@ def _schedule(trainer: Any) -> Any:
 
 
 def _own_file(path: Path, rank: int) -> dict[str, Any]:
-    own: dict[str, Any] = json.loads((path / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
+    own: dict[str, Any] = json.loads(
+        ((path / checkpoint.rank_stem(rank)).with_suffix(".json")).read_text(encoding="utf-8")
+    )
     return own
 
 
@@ -487,4 +544,5 @@ def token_of(run_dir: Path, ranks: Ranks) -> int:
             lease.keep_alive(run_dir, token)
         else:
             token = lease.take(run_dir).token
+            forget_last_start(run_dir)
     return int(ranks.from_first(token))

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist import lease, stops
+from ftdist import lease, rundir, stops
 from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, USAGE, Failed, UserError
 from ftdist.schema import nearest
 from ftdist.trainkeys import fields
@@ -169,9 +169,13 @@ def run(run_dir: Path, count: int, token: int, grace: float) -> None:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment[lease.VARIABLE] = str(token)
+    environment.setdefault(stops.STARTED, str(time.time()))
     if devices()[1] != "GPU":
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    _forget_last_start(run_dir)
+    rundir.forget_last_start(run_dir)
+    last = run_dir / "logs" / "launcher.log"
+    if last.exists():
+        last.rename(last.with_name(f"launcher.{len(list(last.parent.glob('launcher.*.log'))) + 1}.log"))
     asked: dict[str, float] = {}
 
     def ask(number: int, _: Any) -> None:
@@ -221,22 +225,16 @@ def _wait(child: subprocess.Popen[bytes], logs: Path, grace: float) -> int:
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(0.25)
-        if failed is None and any(logs.glob("rank-*.error.json")):
+        if failed is None and (any(logs.glob("rank-*.error.json")) or _killed(logs / "launcher.log")):
             failed = time.monotonic()
         if failed is not None and time.monotonic() - failed > grace:
             _stop(child, 0)
             return FAILED
 
 
-def _forget_last_start(run_dir: Path) -> None:
-    """What an earlier start of this run said is not this one's."""
-    logs = run_dir / "logs"
-    logs.mkdir(mode=0o700, exist_ok=True)
-    for file in (*logs.glob("rank-*.json"), run_dir / "outcome.json", run_dir / stops.RUNNING, run_dir / stops.REQUEST):
-        file.unlink(missing_ok=True)
-    log = logs / "launcher.log"
-    if log.exists():
-        log.rename(logs / f"launcher.{len(list(logs.glob('launcher.*.log'))) + 1}.log")
+def _killed(log: Path) -> re.Match[str] | None:
+    """Where torchrun's log tells of a rank that was killed, and so has no words of its own."""
+    return re.search(KILLED, log.read_text(errors="replace"))
 
 
 def _outcome(run_dir: Path) -> dict[str, Any]:
@@ -258,7 +256,7 @@ def first_error(run_dir: Path) -> dict[str, Any]:
     log = run_dir / "logs" / "launcher.log"
     text = log.read_text(errors="replace")
     # A killed rank says nothing itself, while the others complain of the connection to it.
-    if killed := re.search(KILLED, text):
+    if killed := _killed(log):
         number = killed[1] or killed[3]
         message = f"killed by signal {number}" + (" (out of memory?)" if number == "9" else "")
         return {"rank": killed[2] or 0, "message": message, "log": str(log), "status": FAILED}

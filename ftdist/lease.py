@@ -7,6 +7,7 @@ up on, and that goes on all the same, finds a higher token and ends without havi
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -118,8 +119,10 @@ def keep_alive(run_dir: Path, token: int) -> None:
             try:
                 check(run_dir, token)
                 os.utime(run_dir / FILE)
-            except (Failed, OSError):
+            except Failed:
                 return
+            except OSError:
+                continue  # a hiccup of the file system; the next beat may succeed
 
     threading.Thread(target=beat, name="lease", daemon=True).start()
 
@@ -133,7 +136,12 @@ def locked(run_dir: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except OSError as failure:
+                if failure.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise UserError(
+                        f"run_dir={run_dir}: its file system has no locks ({failure.strerror}); mount it with them "
+                        "(Lustre: -o flock), or choose another"
+                    )
                 if time.monotonic() > until:
                     raise UserError(f"run_dir={run_dir}: another process has held its lock for {PATIENCE:.0f} s")
                 time.sleep(0.05)
@@ -150,13 +158,11 @@ def _write(run_dir: Path, lease: Lease) -> None:
 
 
 def _alive(run_dir: Path, held: Lease) -> bool:
-    if held.released:
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if held.released or (held.job and held.job == os.environ.get("SLURM_JOB_ID") and restart > held.restart):
         return False
     if held.host == socket.gethostname() and held.boot == _boot():
         return _born(held.pid) == held.born
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if held.job and held.job == os.environ.get("SLURM_JOB_ID") and restart > held.restart:
-        return False
     probe = run_dir / f".clock.{os.getpid()}"  # the file system's own clock, which both machines see
     probe.touch()
     now = probe.stat().st_mtime

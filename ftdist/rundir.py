@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,10 @@ from typing import Any
 
 from ftdist.errors import UserError
 
+PRIVATE = 0o077  # what nobody but the owner may do with what a run writes
 CLAIM = ".claim"
+LEASE_FILES = ("lease.json", ".lease.lock")
+SECRETS = r"(?i)((?:token|secret|password|api_?key)\w*=)\S+|(?<=//)[^/@\s]+(?=@)"  # in words of a command line
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets",
             "hydra-core", "wandb")  # fmt: skip
 
@@ -39,16 +43,22 @@ def fresh_name(model: str, strategy: str) -> str:
 
 
 @contextlib.contextmanager
-def claimed(path: Path) -> Iterator[Path]:
-    """Make `path` this run's own and private; on an error inside, take away what was made, and nothing else.
+def claimed(path: Path) -> Iterator[int]:
+    """Make `path` this run's own and private, with a lease; on an error inside, take away what was made, nothing else.
 
-    UserError if it holds anything already or cannot be written.
+    Gives the lease's token. UserError if the directory holds anything already or cannot be written.
     """
+    from ftdist import lease
+
     made = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        taken = any(path.iterdir())
-        os.close(os.open(path / CLAIM, os.O_CREAT | os.O_EXCL)) if not taken else None
+        taken = _used(path)
+        if not taken:
+            token = lease.take(path).token
+            taken = _used(path)
+            os.close(os.open(path / CLAIM, os.O_CREAT | os.O_EXCL)) if not taken else None
+            path.chmod(0o700)
     except FileExistsError:
         taken = True
     except (OSError, NotADirectoryError) as failure:
@@ -56,7 +66,7 @@ def claimed(path: Path) -> Iterator[Path]:
     if taken:
         raise UserError(f"run_dir={path}: holds a run or other files already; choose another or leave it out")
     try:
-        yield path
+        yield token
     except BaseException:
         for child in path.iterdir():  # it was empty
             shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
@@ -72,14 +82,20 @@ def clear_unfinished(path: Path) -> None:
 
     if (path / CLAIM).is_file() and not (path / "config.yaml").exists():
         with lease.held(path):  # refused while that start is alive
-            for child in path.iterdir():
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
+            for child in sorted(path.iterdir(), key=lambda child: child.name == CLAIM):  # the claim last
+                if child.name not in LEASE_FILES:
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+
+
+def _used(path: Path) -> bool:
+    """Whether there is anything but a lease, which a start that was given up leaves behind."""
+    return any(child.name not in LEASE_FILES for child in path.iterdir())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _flushed(partial, json.dumps(value, indent=2) + "\n")
     partial.replace(path)
 
 
@@ -88,15 +104,34 @@ def write_yaml(path: Path, value: Any) -> None:
     import yaml
 
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    _flushed(partial, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
     partial.replace(path)
+
+
+def _flushed(path: Path, text: str) -> None:
+    """Written, and on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def record(run_dir: Path, event: str, step: int | None, **facts: Any) -> None:
     """A line for RUN/events.jsonl, the run's time line: start, checkpoint, stop, fault, …"""
     line = json.dumps({"time": time.time(), "event": event, "step": step, **facts})
-    with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    try:
+        with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as failure:  # a full disk must not end the run that is to be told of it
+        print(f"warning: events.jsonl: {failure.strerror}; not written: {line}", flush=True)
+
+
+def forget_last_start(run_dir: Path) -> None:
+    """What an earlier start of this run was told, and said, is not this one's. For whoever has taken the lease."""
+    logs = run_dir / "logs"
+    logs.mkdir(mode=0o700, exist_ok=True)
+    for file in (*logs.glob("rank-*.json"), *(run_dir / name for name in ("outcome.json", ".training", "stop.json"))):
+        file.unlink(missing_ok=True)
 
 
 def leave_out(run_dir: Path, step: int) -> None:
@@ -157,7 +192,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "command": sys.argv,
+        "command": [re.sub(SECRETS, lambda m: f"{m[1] or ''}***", word) for word in sys.argv],
         "commit": git.stdout.strip() or None,
         "versions": versions,
     }

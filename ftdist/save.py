@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from ftdist import checkpoint, lease
 
-def save_final(model: Any, tokenizer: Any, base: str, directory: Path, main: bool) -> None:
-    """Write `directory` from every rank's shards (all ranks must call; only `main` writes).
+
+def save_final(model: Any, tokenizer: Any, base: str, directory: Path, main: bool, token: int) -> None:
+    """Write `directory` from every rank's shards (all ranks must call; only `main` writes, under its lease's token).
 
     Adapters: the adapter alone. Otherwise the whole model: trained tensors as they were trained, frozen ones bit for
     bit as in the `base` directory's own files.
@@ -32,7 +34,7 @@ def save_final(model: Any, tokenizer: Any, base: str, directory: Path, main: boo
                 state[name] = parameter.detach().to("cpu", copy=True)
     if not main:
         return
-    partial = directory.with_name(directory.name + ".partial")
+    partial = directory.with_name(f"{directory.name}.{token}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if adapter:
         model.save_pretrained(partial, state_dict=state)
@@ -53,7 +55,10 @@ def save_final(model: Any, tokenizer: Any, base: str, directory: Path, main: boo
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-    partial.rename(directory)
+    checkpoint.sync(partial)
+    with lease.guarded(directory.parent, token):
+        partial.rename(directory)
+    checkpoint.sync(directory.parent)
 
 
 def _whole(parameter: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from ftdist.checkpoint import rank_stem
 from ftdist.errors import Failed
 
 WEIGHT = "weight"  # beside the optimizer's own names: exp_avg, exp_avg_sq, …
 SEPARATOR = "|"
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,7 @@ class State:
         self.shapes = {
             name: list(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad
         }
-        inner = optimizer.optimizer
-        self.zero: Any = inner if hasattr(inner, "optimizer") and hasattr(inner, "loss_scaler") else None
-        self.base: torch.optim.Optimizer = inner.optimizer if self.zero is not None else inner
+        self.zero, self.base = engines(optimizer)
         parameters = [p for p in model.parameters() if p.requires_grad]
         if self.zero is None:
             self.layout, self.replicated = "replicated", True
@@ -98,10 +99,11 @@ class State:
         for flat, segments in zip(self.zero.fp32_partitioned_groups_flat, found, strict=True):
             yield Flat(flat, tuple(segments))
 
-    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Copies on the host of what this rank is to write, and the index that says what they are.
+    def held(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What this rank is to write, as it lies there (not copied), and the index that says what it is.
 
-        Where every rank holds everything, each writes its share of the elements.
+        Where every rank holds everything, each writes its share of the elements. Failed for a state that is no tensor
+        and no number.
         """
         tensors: dict[str, torch.Tensor] = {}
         ranges: dict[str, dict[str, int]] = {}
@@ -113,7 +115,7 @@ class State:
             if other:  # such as 8-bit blocks: they mean nothing without the tensor that they belong to
                 bound += [f"{flat.segments[0].name if self.replicated else number}{SEPARATOR}{k}" for k in other]
                 if not self.replicated or self.rank == 0:
-                    tensors |= {name: _copied(state[name.rpartition(SEPARATOR)[2]]) for name in bound[-len(other) :]}
+                    tensors |= {name: state[name.rpartition(SEPARATOR)[2]] for name in bound[-len(other) :]}
             for segment in flat.segments:
                 first, last = segment.start, segment.start + segment.length
                 if self.replicated:
@@ -126,14 +128,17 @@ class State:
                 ranges[segment.name] = {"start": first, "length": last - first}
                 place = slice(segment.offset + first - segment.start, segment.offset + last - segment.start)
                 for kind, tensor in ({WEIGHT: flat.tensor} | elementwise).items():
-                    tensors[f"{segment.name}{SEPARATOR}{kind}"] = _copied(tensor.reshape(-1)[place])
+                    tensors[f"{segment.name}{SEPARATOR}{kind}"] = tensor.detach().reshape(-1)[place]
         index = {
             "layout": self.layout,
             "ranges": ranges,
             "scalars": scalars,
             "bound": bound,
             "shapes": {name: self.shapes[name] for name in {**ranges, **scalars}},
-            "groups": [{k: float(g[k]) for k in ("lr", "initial_lr") if k in g} for g in self.base.param_groups],
+            "groups": [
+                {k: v.item() if torch.is_tensor(v) else v for k, v in g.items() if k != "params" and _is_number(v)}
+                for g in self.base.param_groups
+            ],
             "scaler": _numbers(self.zero.loss_scaler) if self.zero is not None else {},
         }
         return tensors, index
@@ -152,7 +157,11 @@ class State:
             if self.zero is not None:
                 self._refresh()
         for group, values in zip(self.base.param_groups, saved.groups, strict=True):
-            group.update({k: type(group[k])(v) for k, v in values.items() if not torch.is_tensor(group.get(k))})
+            for key, value in values.items():
+                if torch.is_tensor(group.get(key)):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value
         if self.zero is not None:
             vars(self.zero.loss_scaler).update(saved.scaler)
 
@@ -196,6 +205,13 @@ class State:
         zero.checkpoint_event_epilogue()
 
 
+def engines(optimizer: Any) -> tuple[Any, torch.optim.Optimizer]:
+    """ZeRO's optimizer (None without ZeRO) and torch's, out of the one that accelerate prepared."""
+    inner = optimizer.optimizer
+    zero = inner if hasattr(inner, "optimizer") and hasattr(inner, "loss_scaler") else None
+    return zero, inner if zero is None else inner.optimizer
+
+
 class Saved:
     """The files of a checkpoint, read by parameter name and element range."""
 
@@ -234,15 +250,18 @@ class Saved:
         for name in names:
             number = self.pieces[name][0][0]
             prefix = name + SEPARATOR
-            found |= {key[len(prefix) :] for key in self.keys[number] if key.startswith(prefix)}
-        bound = {key.rpartition(SEPARATOR)[2] for index in self.indices for key in index["bound"]}
-        return sorted(found - {WEIGHT} - bound)
+            bound = self.indices[number]["bound"]
+            found |= {key[len(prefix) :] for key in self.keys[number] if key.startswith(prefix) and key not in bound}
+        return sorted(found - {WEIGHT})
 
     def dtype(self, names: list[str], kind: str) -> torch.dtype:
         """The element type in which a state was saved."""
-        number = self.pieces[names[0]][0][0]
-        first: torch.Tensor = self.files[number].get_slice(f"{names[0]}{SEPARATOR}{kind}")[0:1]
-        return first.dtype
+        for name in names:
+            number, key = self.pieces[name][0][0], f"{name}{SEPARATOR}{kind}"
+            if key in self.keys[number]:
+                first: torch.Tensor = self.files[number].get_slice(key)[0:1]
+                return first.dtype
+        raise AssertionError(kind)
 
     def fill(self, flat: torch.Tensor, segment: Segment, kind: str) -> None:
         """Copy the segment's elements from the files that hold them into the flat tensor."""
@@ -252,10 +271,11 @@ class Saved:
             first, last = max(segment.start, start), min(wanted, start + length)
             if first >= last:
                 continue
-            piece = self.files[number].get_slice(f"{segment.name}{SEPARATOR}{kind}")[first - start : last - start]
-            offset = segment.offset + first - segment.start
-            flat[offset : offset + last - first].copy_(piece)
+            key, offset = f"{segment.name}{SEPARATOR}{kind}", segment.offset + first - segment.start
             filled += last - first
+            if kind != WEIGHT and key not in self.keys[number]:
+                continue  # a weight that never had a gradient: its moments are zero still
+            flat[offset : offset + last - first].copy_(self.files[number].get_slice(key)[first - start : last - start])
         if filled != segment.length:
             raise Failed(f"the checkpoint holds {filled:,} of {segment.length:,} elements of {segment.name} ({kind})")
 
@@ -280,9 +300,19 @@ class Saved:
 
 
 def write(directory: Path, rank: int, tensors: dict[str, torch.Tensor], index: dict[str, Any]) -> list[Path]:
-    """This rank's two files."""
-    stem = directory / f"rank-{rank:05d}"
-    save_file(tensors, stem.with_suffix(".safetensors"))
+    """This rank's two files. Tensors go to the file one by one: of those on a GPU one copy is on the host at a time."""
+    stem = directory / rank_stem(rank)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with stem.with_suffix(".safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
     stem.with_suffix(".json").write_text(json.dumps(index), encoding="utf-8")
     return [stem.with_suffix(".safetensors"), stem.with_suffix(".json")]
 
@@ -301,7 +331,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def set_random_state(checkpoint: Path, rank: int, plain: Mapping[str, Any]) -> None:
     """The generators as the rank left them."""
-    with safe_open(checkpoint / f"rank-{rank:05d}.safetensors", framework="pt") as file:
+    with safe_open((checkpoint / rank_stem(rank)).with_suffix(".safetensors"), framework="pt") as file:
         torch.set_rng_state(file.get_tensor("random|torch"))
         if torch.cuda.is_available() and "random|cuda" in file.keys():  # noqa: SIM118  (no mapping)
             torch.cuda.set_rng_state(file.get_tensor("random|cuda"))
@@ -321,9 +351,10 @@ def _sorted(
     other: list[str] = []
     for kind, value in state.items():
         if not torch.is_tensor(value):
-            if isinstance(value, (int, float)):
-                single[kind] = (value, None)
-        elif value.numel() == 1 and value.shape != tensor.shape:
+            if not _is_number(value) and value is not None:
+                raise Failed(f"train.optim: its state {kind} ({type(value).__name__}) cannot be saved; choose another")
+            single[kind] = (value, None)
+        elif value.numel() == 1 and (kind == "step" or value.shape != tensor.shape):
             single[kind] = (value.item(), str(value.dtype).removeprefix("torch."))
         elif value.shape == tensor.shape:
             elementwise[kind] = value
@@ -335,8 +366,13 @@ def _sorted(
     return elementwise, single, other
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the host, apart from what training goes on with."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or (torch.is_tensor(value) and value.numel() == 1)
 
 
 def _numbers(owner: Any) -> dict[str, Any]:

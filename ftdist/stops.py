@@ -19,6 +19,7 @@ from typing import Any
 from ftdist.errors import INTERRUPTED, STOPPED, UserError
 
 REQUEST = "stop.json"
+STARTED = "FTDIST_STARTED"  # when the first process of a start began, in seconds since the epoch
 RUNNING = ".training"  # there while steps are trained: from then on a stop has something to save
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGUSR2: "SIGUSR2", signal.SIGINT: "Ctrl-C"}
 AGAIN = 1.0  # seconds: the terminal and the launcher both pass on one Ctrl-C; a second one comes later
@@ -83,7 +84,7 @@ def requested(run_dir: Path) -> str | None:
 
 
 class Limit:
-    """`train_until`: a duration from the start of the process (90m, 2h30m), a date and time, or `step N`."""
+    """`train_until`: a duration from the start of the command (90m, 2h30m), a date and time, or `step N`."""
 
     def __init__(self, text: str | None) -> None:
         self.step: int | None = None
@@ -96,7 +97,7 @@ class Limit:
             self.step = int(match[1])
         elif re.fullmatch(r"(\d+(\.\d+)?[smhd])+", words):
             seconds = sum(float(n) * UNITS[unit] for n, _, unit in re.findall(r"(\d+(\.\d+)?)([smhd])", words))
-            self.at = time.time() + seconds
+            self.at = float(os.environ.get(STARTED, time.time())) + seconds
         else:
             try:
                 self.at = datetime.datetime.fromisoformat(words).timestamp()

@@ -130,7 +130,8 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
     """
     from transformers import TrainerCallback
 
-    from ftdist import lease
+    from ftdist import checkpoint, lease
+    from ftdist.errors import Failed
 
     class Follow(TrainerCallback):
         def __init__(self) -> None:
@@ -160,7 +161,12 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
         def _record(self, row: dict[str, Any]) -> None:
             lease.check(run_dir, token)
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self.file.write(json.dumps(row) + "\n")
+            try:
+                self.file.write(json.dumps(row) + "\n")
+            except OSError as failure:
+                newest = next(iter(checkpoint.steps(run_dir)), None)
+                why = f"metrics.jsonl cannot be written ({failure.strerror})"
+                raise Failed(f"{why}; the newest checkpoint is that of step {newest}")
             log({k: v for k, v in row.items() if k != "step" and v is not None}, row["step"])
 
         def _line(self, step: int, steps: int, logs: dict[str, Any]) -> str:

@@ -11,12 +11,14 @@ import os
 import re
 import shutil
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ftdist import cli
+from ftdist import cli, lease, rundir, stops
 from ftdist.errors import INTERRUPTED, OK, USAGE, UserError
+from ftdist.rundir import PRIVATE
 
 WAIT = timedelta(days=1)  # for the data to be prepared: no collective is open, so nothing else times out
 
@@ -26,6 +28,8 @@ def main(argv: list[str]) -> int:
     if "RANK" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return cli.main(["train", *argv])  # no launcher around us
     rank = int(os.environ.get("RANK", "0"))
+    os.umask(PRIVATE)
+    os.environ.setdefault(stops.STARTED, str(time.time()))
     try:
         store = _store()
     except UserError as failure:
@@ -50,16 +54,20 @@ def main(argv: list[str]) -> int:
         run_dir = Path(name)
     from ftdist import job, worker
 
-    status = worker.main(run_dir)
-    if rank == 0 and status == OK:
-        job.finish(run_dir)
-        print(f"run: {run_dir}")
+    try:
+        status = worker.main(run_dir)
+        if rank == 0 and status == OK:
+            job.finish(run_dir)
+            print(f"run: {run_dir}")
+    finally:
+        if rank == 0:
+            lease.release(run_dir, int(os.environ[lease.VARIABLE]))
     return status
 
 
 def frozen(argv: list[str]) -> Path:
     """Global rank 0's part: a run directory with everything that the ranks read, for the engine of the launcher."""
-    from ftdist import compose, forecast, job, lease, resume, rundir
+    from ftdist import compose, forecast, job, resume
 
     engine, deepspeed = _engine()
     section = _zero_section(deepspeed) if deepspeed else {}
@@ -88,16 +96,19 @@ def frozen(argv: list[str]) -> Path:
     if len(configs) != 1:
         raise UserError("a launcher runs one configuration: leave out -m and --cfg, or use ftdist train")
     config = configs[0]
+    if config["resume"] == "auto" and config["run_dir"] is None:
+        raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     job.decide(config)
     forecast.refuse_what_cannot_fit(dict(job.plan(config)), config["must_fit"])
     run_dir = Path(config["run_dir"]).expanduser().absolute()
     if config["resume"] == "auto" and resume.begun(run_dir, config):
         os.environ[lease.VARIABLE] = str(lease.take(run_dir).token)
+        rundir.forget_last_start(run_dir)
         resume.changed(run_dir, config, here=False)
         _own_files(run_dir, engine, local, deepspeed)
         return run_dir
-    with rundir.claimed(run_dir):
-        os.environ[lease.VARIABLE] = str(lease.take(run_dir).token)
+    with rundir.claimed(run_dir) as token:
+        os.environ[lease.VARIABLE] = str(token)
         job.freeze(config, run_dir)
         _own_files(run_dir, engine, local, deepspeed)
     return run_dir
@@ -105,7 +116,7 @@ def frozen(argv: list[str]) -> Path:
 
 def _own_files(run_dir: Path, engine: str, local: int, deepspeed: Path | None) -> None:
     """The launcher's own files are the ones that count."""
-    from ftdist import launcher, rundir
+    from ftdist import launcher
 
     if deepspeed is not None:
         shutil.copyfile(deepspeed, run_dir / "deepspeed.json")

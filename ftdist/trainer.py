@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.optimizer import patch_optimizer_step
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 
@@ -18,6 +19,7 @@ from ftdist.keeper import Keeper
 from ftdist.loss import IGNORED, Head, full_loss
 from ftdist.models import trainable_elements
 from ftdist.sampler import EpochLoader, Rows, StepSampler
+from ftdist.state import engines
 
 PROBE = 16  # tokens of a sequence in the self-check before the first step
 
@@ -241,11 +243,6 @@ class TokenTrainer(Trainer):
 
     # Health: asked before torch's optimizer changes anything; DeepSpeed calls it inside the last backward
 
-    def create_optimizer(self, model: Any = None) -> Any:
-        made = super().create_optimizer(model)
-        self.health.guard(made, self._norm, lambda: self.state.global_step + 1)
-        return made
-
     def _norm(self) -> float:
         engine = getattr(self.optimizer, "optimizer", None)
         norm = getattr(engine, "_global_grad_norm", self.norm)
@@ -280,6 +277,12 @@ class TokenTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        _, base = engines(self.optimizer)
+        self.health.guard(base, self._norm, lambda: self.state.global_step + 1)
+        if getattr(self.optimizer, "scaler", None) is not None:  # accelerate has kept the step as it was
+            wrapper: Any = self.optimizer
+            wrapper._optimizer_original_step_method = base.step
+            wrapper._optimizer_patched_step_method = patch_optimizer_step(wrapper, base.step)
         if resume_from_checkpoint is not None:
             self.keeper.restore()
         return prepared
@@ -296,6 +299,9 @@ class TokenTrainer(Trainer):
         if self.keeper.evaluation_pending and not self.keeper.stopping:  # resumed at the end of the last epoch
             self._evaluate(trial, None)
         return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)  # none of an evaluation given up
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         try:
@@ -317,6 +323,7 @@ class TokenTrainer(Trainer):
             logs["tokens"] = tokens
             logs["tokens_per_second"] = (tokens - before) / (now - then) if then else 0.0
             self.clock = (tokens, now)
+            self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves NaN of a NaN
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002  (transformers' hook)

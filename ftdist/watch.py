@@ -15,7 +15,7 @@ from typing import Any
 from ftdist.errors import FAILED
 
 BEAT = 5.0  # seconds between signs of life
-ORPHANED = 60.0  # seconds that a rank without launcher has to save and end
+ORPHANED = 60.0  # seconds without progress (a save is some) after which a rank without launcher ends
 
 
 class Watch:
@@ -51,7 +51,7 @@ class Watch:
             now = time.monotonic()
             if os.getppid() != self.launcher:
                 orphan_since = orphan_since or now
-                if now - orphan_since > ORPHANED:
+                if now - max(orphan_since, self.changed) > ORPHANED:
                     os._exit(FAILED)
             if now - beat > min(BEAT, self.limit / 4):
                 beat = now

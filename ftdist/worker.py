@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import rundir, schema, stops
+from ftdist import lease, rundir, schema, stops
 from ftdist.errors import FAILED, OK, STOPPED, USAGE, Failed, UserError
 
 
@@ -50,7 +50,7 @@ def train(run_dir: Path) -> int:
     ranks = Ranks()
     watch = Watch(run_dir / "logs", ranks.rank, ranks.world, config["health"]["stall_minutes"], partial(fail, run_dir))
     token = keeper.token_of(run_dir, ranks)
-    checkpoint = keeper.choose(run_dir, ranks)
+    checkpoint = keeper.choose(run_dir, ranks, plan["id"])
     shapes = model_shapes(path, None, revision=revision, trust_remote_code=remote).architecture.parameters
     strategy = find(config["strategy"]["name"])
     base = Base(shapes, plan["precision"], plan["storage"], measured=True)
@@ -120,7 +120,8 @@ def train(run_dir: Path) -> int:
             engine: Any = trainer.model_wrapped
             engine.empty_partition_cache()  # the last evaluation may have left prefetches in flight
         with meter.during("save"):
-            save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main)
+            save_final(trainer.accelerator.unwrap_model(trainer.model), tokenizer, path, run_dir / "final", main, token)
+    keep.ended()
     meter.write(run_dir)
     if main:
         peaks = {f"memory/{phase}": peak for phase, peak in meter.peaks.items()}
@@ -128,7 +129,8 @@ def train(run_dir: Path) -> int:
         name = "finished" if keep.stopping is None else "stopped"
         rundir.record(run_dir, name, trainer.state.global_step, reason=keep.stopping)
         outcome = {"outcome": name, "reason": keep.stopping, "step": trainer.state.global_step}
-        rundir.write_json(run_dir / "outcome.json", {**outcome, "status": OK if keep.stopping is None else STOPPED})
+        with lease.guarded(run_dir, token):
+            rundir.write_json(run_dir / "outcome.json", {**outcome, "status": OK if keep.stopping is None else STOPPED})
     if finish:
         finish()
     trainer.accelerator.wait_for_everyone()
@@ -176,6 +178,8 @@ def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, An
 def main(run_dir: Path) -> int:
     """Run `train`, keep this rank's output and error in `logs/`, and answer with an exit status."""
     rank = int(os.environ.get("RANK", "0"))
+    os.umask(rundir.PRIVATE)
+    os.environ.setdefault(stops.STARTED, str(time.time()))
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     log = logs / f"rank-{rank}.log"

@@ -51,8 +51,7 @@ def freeze(run_dir, model, engine, saves):
     ]  # fmt: skip
     (config,) = compose.compose("train", words)
     job.decide(config)
-    with rundir.claimed(run_dir):
-        token = lease.take(run_dir).token
+    with rundir.claimed(run_dir) as token:
         job.freeze(config, run_dir)
     lease.release(run_dir, token)
 

@@ -36,8 +36,7 @@ def freeze(words):
     (config,) = compose.compose("train", words)
     job.decide(config)
     run_dir = Path(config["run_dir"])
-    with rundir.claimed(run_dir):
-        token = lease.take(run_dir).token
+    with rundir.claimed(run_dir) as token:
         job.freeze(config, run_dir)
     lease.release(run_dir, token)
     return 0
