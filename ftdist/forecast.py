@@ -21,7 +21,7 @@ from ftdist.plan.hardware import Hardware, hardware
 from ftdist.plan.memory import Case, Memory, disk_bytes, need, standing, zero_sizes
 from ftdist.plan.shapes import Shapes
 from ftdist.plan.speed import duration, step
-from ftdist.plan.states import WIDTH, Held, checkpoint_bytes, quantized_modules
+from ftdist.plan.states import WIDTH, Held, quantized_modules
 from ftdist.plan.trainable import held_tensors
 from ftdist.strategies import Recipe
 
@@ -101,6 +101,8 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         runtime=devices.runtime,
         zero=zero_sizes(section, hidden) if section else (),
         fused=not any(h.name.startswith("lm_head.lora_") for h in held),  # an adapter has a forward of its own
+        background=config["checkpoint"]["background"],
+        stored=shapes.dtype if shapes.dtype in WIDTH else facts["loaded"],
     )
 
 
@@ -116,16 +118,13 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
         "device_peak_bytes": memory.device_peak,
         "band_bytes": memory.band,
         "host_peak_bytes_per_node": memory.host_peak,
-        "checkpoint_bytes": checkpoint_bytes(
-            parameters=sum(h.numel for h in case.held if not h.trained or not case.adapters),
-            trained=sum(h.numel for h in case.held if h.trained),
-            stage=case.stage,
-            world=case.world,
-            adapters=case.adapters,
-            weight_bytes=WIDTH[case.trained if case.dtype == "float32" or not case.stage else case.dtype],
-            state_bytes=memory.states.saved,
+        "checkpoint_bytes": case.checkpoint,
+        "disk_bytes": disk_bytes(
+            case,
+            memory.states,
+            None if steps is None else steps * facts["tokens_per_step"],
+            _kept(config["checkpoint"], steps),
         ),
-        "disk_bytes": disk_bytes(case, memory.states, None if steps is None else steps * facts["tokens_per_step"]),
         "tokens_per_second": speed.tokens_per_second,
         "seconds_per_step": speed.seconds,
         "step_bound_by": speed.bound,
@@ -146,9 +145,22 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
     if steps is not None:
         took = duration(speed, steps, case.world, devices.price_per_hour)
         made["total_seconds"] = took.seconds
+        made["checkpoints"] = 0 if case.nvme else _written(config["checkpoint"], steps, took.seconds)
         if took.cost is not None:
             made["cost"] = took.cost
     return made
+
+
+def _kept(keys: dict[str, Any], steps: int | None) -> int:
+    """Checkpoints that `checkpoint:` keeps; those of `keep_every` as far as the number of steps is known."""
+    lasting = (steps or 0) // keys["keep_every"] if keys["keep_every"] else 0
+    return int(keys["keep_last"] + keys["keep_best"] + lasting)
+
+
+def _written(keys: dict[str, Any], steps: int, took: float) -> int:
+    """Checkpoints by step and by the clock; those at a best held-out loss or a stop are not known."""
+    by_step = (steps - 1) // keys["every_steps"] if keys["every_steps"] else 0
+    return by_step + (int(took / 60 / keys["every_minutes"]) if keys["every_minutes"] else 0)
 
 
 def _verdict(memory: Memory, devices: Hardware, case: Case) -> Plan:
@@ -162,7 +174,8 @@ def _verdict(memory: Memory, devices: Hardware, case: Case) -> Plan:
         margins.append((host - memory.host_peak, "host", band))
     if not margins:
         return {"fits": None, "margin_bytes": None, "scarce": None, "certain": False}
-    margin, which, band = min(margins, key=lambda m: m[0] - m[2])
+    # what surely does not fit decides, then what fits least surely
+    margin, which, band = min(margins, key=lambda m: (m[0] + m[2] >= 0, m[0] - m[2]))
     return {
         "fits": margin >= 0,
         "margin_bytes": margin,
@@ -189,6 +202,28 @@ def refuse_what_cannot_fit(plan: Plan, must_fit: bool) -> None:
     print(f"warning: the run does not fit: {words}{fix}", flush=True)
 
 
+def refuse_without_disk(plan: Plan, free: int, must_fit: bool) -> None:
+    """UserError if the disk cannot hold the final model with one checkpoint; a warning if not all that are kept.
+
+    free: bytes, where the run directory will be.
+    """
+    disk, one = plan["disk_bytes"], plan["checkpoint_bytes"]
+    least = disk["final"] + one
+    most = least + disk["checkpoints"]
+    if free >= most:
+        return
+    text = (
+        f"{_gb(free)} free for the run directory, {_gb(least)} needed for a checkpoint and the final model, "
+        f"{_gb(most)} while another is written beside those that are kept"
+    )
+    fewer = free >= least and disk["checkpoints"] > one
+    fix = "; use run_dir on another disk" + (", or checkpoint.keep_last=1" if fewer else "")
+    if free >= least or not must_fit:
+        print(f"warning: the disk: {text}{fix}", flush=True)
+        return
+    raise UserError(f"the disk is too small: {text}{fix} (must_fit=false starts it all the same)")
+
+
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
@@ -202,12 +237,11 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         group, _, name = key.partition(".")
         if not name and group in ("engine", "strategy"):
-            from ftdist.compose import compose
-
             if group == "engine":
-                made["engine"] = {"name": value} | ({} if value in ("single", "ddp") else {"zero": {}})
+                zero = {"zero": dict(config["engine"].get("zero", {}))}
+                made["engine"] = {"name": value} | ({} if value in ("single", "ddp") else zero)
             else:
-                made["strategy"] = compose("plan", [f"strategy={value}", "model.path=x", "data.path=x"])[0]["strategy"]
+                made["strategy"] = _strategy(value)
         elif not name:
             made[group] = value
         else:
@@ -219,10 +253,26 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+def _strategy(name: str) -> dict[str, Any]:
+    from ftdist.compose import compose
+
+    keys: dict[str, Any] = compose("plan", [f"strategy={name}", "model.path=x", "data.path=x"])[0]["strategy"]
+    return keys
+
+
+def _spelt(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes with the keys of a new strategy that the user's own words would set otherwise."""
+    if "strategy" not in changes:
+        return changes
+    own = _strategy(changes["strategy"])
+    differ = {f"strategy.{k}": v for k, v in own.items() if k != "name" and config["strategy"].get(k, v) != v}
+    return {**changes, **differ}
+
+
 def words(changes: dict[str, Any]) -> list[str]:
     """Overrides to paste."""
-    return [f"{'+' if '.zero.' in key else ''}{key}={str(value).lower() if isinstance(value, bool) else value}"
-            for key, value in changes.items()]  # fmt: skip
+    plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
+    return [f"{'+' if '.zero.' in key else ''}{key}={value}" for key, value in plain.items()]
 
 
 def _try(plan: Planner, config: dict[str, Any], changes: dict[str, Any]) -> Plan | None:
@@ -268,18 +318,28 @@ def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> l
         {} if config["train"]["gradient_checkpointing"] else {"train.gradient_checkpointing": True}
     )
     best: dict[str, Any] = {}  # the thriftiest of the levers that change nothing in the result
+    train = config["train"]
+    rows = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] * world
+
+    def enough(changes: dict[str, Any]) -> bool:
+        made = _try(plan, config, changes)
+        return made is not None and _surely(made)
 
     def consider(changes: dict[str, Any], says: str) -> bool:
         if not changes or len(found) >= most:
             return False
+        changes = _spelt(config, changes)
         made = _try(plan, config, changes)
         if made is None or not _surely(made):
             return False
+        if made["sequences_per_step"] != rows:
+            says += f", {made['sequences_per_step']} sequences a step instead of {rows}"
         found.append(
             {
                 "overrides": words(changes),
                 "says": says,
                 "device_peak_bytes": made["device_peak_bytes"],
+                "host_peak_bytes_per_node": made["host_peak_bytes_per_node"],
                 "seconds_per_step": made["seconds_per_step"],
             }
         )
@@ -300,9 +360,10 @@ def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> l
             {**best, **small} if best else {}, "smaller buffers of DeepSpeed's, recomputation, smaller pieces"
         )
     for name in _engines(config, world):
-        alone = consider({"engine": name}, "sharded further")
+        how = "weights and optimizer states in the host's memory" if name == "zero3_offload" else "sharded further"
+        alone = consider({"engine": name}, how)
         if not alone and best:
-            alone = consider({"engine": name, **best}, "sharded further, with recomputation and smaller pieces")
+            alone = consider({"engine": name, **best}, f"{how}, recomputation, smaller pieces")
         if alone:
             break
     stronger = next(iter(reversed([n for n in _engines(config, world) if "offload" not in n])), None)
@@ -311,13 +372,12 @@ def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> l
         "load"
     ):
         eight = {"train.optim": "adamw_8bit"}
-        _ = consider(eight, "optimizer states in 8 bit") or consider(
-            {**sharded, **eight}, "and optimizer states in 8 bit"
-        )
+        if not consider(eight, "optimizer states in 8 bit") and sharded and not enough(sharded):
+            consider({**sharded, **eight}, "and optimizer states in 8 bit")
     name = config["strategy"]["name"]
     if name == "spectrum" and config["strategy"].get("top_percent"):
         percent = largest_percent(config, plan, sharded)
-        if percent:
+        if percent and percent < config["strategy"]["top_percent"]:
             consider({**sharded, "strategy.top_percent": percent}, "fewer layers trained")
     if name == "full" and not found:
         consider({**sharded, "strategy": "spectrum"}, "a quarter of the layers trained") or consider(

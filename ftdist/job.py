@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -118,9 +119,9 @@ def plan(
     measured: the strategy has prepared what it needs; shapes: of the model, if they are known already (then nothing is
     asked that was asked before).
     """
+    from ftdist.plan import examples as look
     from ftdist.plan.advice import advice
     from ftdist.plan.batch import batch_arithmetic
-    from ftdist.plan.examples import count as count_rows
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
@@ -128,7 +129,7 @@ def plan(
         raise UserError("data.format=preference: no task trains on preferences yet; `ftdist data` prepares them")
     asked = shapes is None
     if examples is None and asked:
-        examples = count_rows(config["data"]["path"])
+        examples = look.count(config["data"]["path"])
     train, engine = config["train"], config["engine"]["name"]
     count = launcher.processes(**config["cluster"], here=False)
     available, kind = launcher.devices()
@@ -168,6 +169,10 @@ def plan(
         packing=train["packing"],
     )
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
+    guess = None
+    if rows is None and asked:
+        held_out = 0.0 if config["data"]["validation"] else config["data"]["validation_share"]
+        guess = look.estimated(config["data"]["path"], examples, train["max_length"], train["packing"], held_out)
     batch = batch_arithmetic(
         per_device_train_batch_size=train["per_device_train_batch_size"],
         gradient_accumulation_steps=train["gradient_accumulation_steps"],
@@ -175,9 +180,10 @@ def plan(
         nodes=config["cluster"]["nodes"],
         max_length=train["max_length"],
         packing=train["packing"],
-        rows=rows,
+        rows=rows or guess,
         num_train_epochs=train["num_train_epochs"],
         max_steps=train["max_steps"],
+        about=guess is not None,
     )
     whole = recipe.peft is None and recipe.trainable is None
     made: dict[str, Any] = {
@@ -214,8 +220,11 @@ def plan(
         "trained": dtype if stage else "float32",
         "adapters": recipe.peft is not None,
     }
+    if batch.steps_per_epoch is not None:
+        made["steps_per_epoch"] = batch.steps_per_epoch
     if batch.total_steps is not None:
         made["total_steps"] = batch.total_steps
+        made["steps_are_a_guess"] = guess is not None and train["max_steps"] <= 0
     made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps)
     if asked and config["strategy"].get("top_percent") and recipe.trainable is not None and made["fits"] is not None:
         made["largest_top_percent"] = forecast.largest_percent(config, _planner(shapes, rows, measured), {})
@@ -275,7 +284,10 @@ def ready(config: dict[str, Any]) -> None:
         raise UserError(
             f"hardware={config['hardware']['name']}: this machine has {kind}s; leave it out (ftdist plan takes it)"
         )
-    forecast.refuse_what_cannot_fit(dict(plan(config)), config["must_fit"])
+    made = dict(plan(config))
+    forecast.refuse_what_cannot_fit(made, config["must_fit"])
+    place = next(folder for folder in Path(config["run_dir"]).absolute().parents if folder.is_dir())
+    forecast.refuse_without_disk(made, shutil.disk_usage(place).free, config["must_fit"])
 
 
 def run(config: dict[str, Any], run_dir: Path) -> None:

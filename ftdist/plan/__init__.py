@@ -30,6 +30,7 @@ class Plan(_Always, total=False):
 
     steps_per_epoch: int  # once the number of rows is known
     total_steps: int
+    steps_are_a_guess: bool  # from the size of the data, nothing being prepared yet
     # what `forecast.py` adds
     device_peak_bytes: int  # of one rank, in its highest phase
     band_bytes: int  # by which that may be wrong
@@ -46,6 +47,7 @@ class Plan(_Always, total=False):
     mfu: float
     time_calibrated: bool
     total_seconds: float
+    checkpoints: int  # that will be written, if nothing stops the run
     cost: float
     fits: bool | None  # None: no memory is known to compare with
     margin_bytes: int | None

@@ -28,8 +28,10 @@ def batch_arithmetic(
     rows: int | None,
     num_train_epochs: float,
     max_steps: int,
+    about: bool = False,
 ) -> Batch:
-    """`processes` is per node; `rows` counts what the trainer sees: packed rows where rows are packed.
+    """`processes` is per node; `rows` counts what the trainer sees: packed rows where rows are packed; `about`: it is
+    a guess from the size of the data.
 
     Steps as in transformers' `Trainer.set_initial_training_values`: the last batch of an epoch may be short,
     a `max_steps` above 0 overrides the epochs.
@@ -54,7 +56,7 @@ def batch_arithmetic(
         per_epoch = max(math.ceil(micro_batches / gradient_accumulation_steps), 1)
         total = math.ceil(num_train_epochs * per_epoch)
         kind = "packed rows" if packing else "rows"
-        epoch = f"{rows:,} {kind} / {sequences:,} = {per_epoch:,} steps per epoch"
+        epoch = f"{'about ' if about else ''}{rows:,} {kind} / {sequences:,} = {per_epoch:,} steps per epoch"
         if max_steps <= 0:
             lines.append(f"{epoch} × {num_train_epochs:g} epochs = {total:,} steps")
         else:

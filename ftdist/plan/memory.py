@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ftdist.plan.activations import Activations, Family, Setting, Trained, activations, loss
-from ftdist.plan.states import WIDTH, Held, States, quantized_bytes, states
+from ftdist.plan.states import WIDTH, Held, States, checkpoint_bytes, quantized_bytes, states
 
 Phase = dict[str, int]
 GPU_LIBRARIES = 2_200_000_000  # resident set of a rank with torch's CUDA libraries and DeepSpeed; a band, not a figure
 EXACT_BAND, LOOSE_BAND = 0.05, 0.30  # share of what is not a model state
+RUNTIME_BAND = 1 / 3  # of a GPU's context and NCCL's buffers, which nobody here has measured
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,21 @@ class Case:
     runtime: int  # bytes of a device that no tensor holds: CUDA context, NCCL, libraries
     zero: tuple[tuple[str, int], ...]  # DeepSpeed's sizes in elements, and flags
     fused: bool = True  # the loss is made with the output head, a chunk at a time
+    background: bool = True  # a checkpoint is written while training goes on
+    stored: str = "bfloat16"  # the base's files
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint over all ranks; an engine that swaps to a disk of its own has none."""
+        if self.nvme:
+            return 0
+        return checkpoint_bytes(
+            trained=sum(h.numel for h in self.held if h.trained),
+            stage=self.stage,
+            world=self.world,
+            weight_bytes=WIDTH[self.trained],
+            state_bytes=model_states(self).saved,
+        )
 
     @property
     def tokens(self) -> int:
@@ -156,11 +172,12 @@ def need(case: Case) -> Memory:
     device_peak = max(sum(phase.values()) for phase in device.values())
     worst = max(device.values(), key=lambda phase: sum(phase.values()))
     exact = case.family is not None and case.family.exact and made.known
-    loose = sum(worst.get(kind, 0) for kind in ("activations", "logits_and_loss", "gathered", "runtime", "step"))
+    loose = sum(worst.get(kind, 0) for kind in ("activations", "logits_and_loss", "gathered", "step"))
     band = int(loose * (EXACT_BAND if exact else LOOSE_BAND))
+    band += int(worst["runtime"] * (RUNTIME_BAND if case.gpu else EXACT_BAND))
     if not made.known:
         band += made.optimizer // 2
-    host = _host(case, made, device_peak)
+    host = _host(case, made, device_peak, sum(device["save"].values()))
     host_peak = max(sum(phase.values()) for name, phase in host.items() if name != "export")  # no part of a run
     return Memory(device, host, device_peak, host_peak, band, exact, notes, made)
 
@@ -377,9 +394,13 @@ def _generation(case: Case) -> Phase:
     return {"weights": base, "cache": cache, "logits_and_loss": logits, "runtime": case.runtime}
 
 
-def _host(case: Case, made: States, device_peak: int) -> dict[str, Phase]:
-    """Of a node, every rank's share. On CPUs a rank's device is the host's memory."""
+def _host(case: Case, made: States, device_peak: int, between: int) -> dict[str, Phase]:
+    """Of a node, every rank's share. On CPUs a rank's device is the host's memory.
+
+    between: bytes of a rank's device between two steps, where a checkpoint is copied.
+    """
     ranks = case.processes
+    snapshot = case.checkpoint * ranks // case.world  # what a checkpoint is written from
     whole = sum(h.numel * WIDTH[case.loaded] for h in case.held)
     trained = sum(h.numel for h in case.held if h.trained)
     if not case.gpu:
@@ -388,6 +409,7 @@ def _host(case: Case, made: States, device_peak: int) -> dict[str, Phase]:
         return {
             "load": {"ranks": ranks * device_peak, "files": loading},
             "train": {"ranks": ranks * device_peak},
+            "checkpoint": {"ranks": ranks * (device_peak if case.background else between), "snapshot": snapshot},
             "save": {"ranks": ranks * device_peak, "copy": extra},
         }
     libraries = ranks * GPU_LIBRARIES
@@ -396,6 +418,7 @@ def _host(case: Case, made: States, device_peak: int) -> dict[str, Phase]:
         for kind, size in made.host.items()
     }
     biggest = max((h.numel for h in case.held), default=0) * WIDTH[case.loaded]
+    biggest_trained = 4 * max((h.numel for h in case.held if h.trained), default=0)  # read a parameter at a time
     if made.quantization:
         loading = ranks * biggest  # tensor by tensor, straight to the device
     elif case.stage == 3:
@@ -405,16 +428,17 @@ def _host(case: Case, made: States, device_peak: int) -> dict[str, Phase]:
     return {
         "load": {"libraries": libraries, "files": loading} | (offloaded if case.stage == 3 else {}),
         "train": {"libraries": libraries, **offloaded},
+        "checkpoint": {"libraries": libraries, **offloaded, "snapshot": snapshot},
         "save": {"libraries": libraries, **offloaded, "copy": _saved_copy(case)},
-        "resume": {"libraries": libraries, **offloaded, "shards": ranks * made.saved},
+        "resume": {"libraries": libraries, **offloaded, "pieces": ranks * min(biggest_trained, made.saved)},
         "export": {"libraries": GPU_LIBRARIES, "model": 2 * whole if case.adapters else whole + 4 * trained},
     }
 
 
 def _saved_copy(case: Case) -> int:
-    """What global rank 0 holds to write `final/`."""
-    kept = [h for h in case.held if h.trained or not case.adapters]
-    return sum(h.numel for h in kept) * WIDTH[case.trained if case.dtype == "float32" or not case.stage else case.dtype]
+    """What global rank 0 holds to write `final/`: trained tensors as trained, frozen ones as the base stores them."""
+    widths = {True: WIDTH[case.trained], False: 0 if case.adapters else WIDTH[case.stored]}
+    return sum(h.numel * widths[h.trained] for h in case.held)
 
 
 def _offloaded(size: int, nvme: bool, pinned: bool) -> int:
@@ -443,9 +467,15 @@ def _notes(case: Case, made: States) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def disk_bytes(case: Case, made: States, rows_tokens: int | None) -> dict[str, int]:
-    """Files of a run: its final model, and the tokens of the prepared data (ids and labels, 4 bytes each)."""
-    found = {"final": _saved_copy(case), "prepared data": 8 * rows_tokens if rows_tokens else 0}
+def disk_bytes(case: Case, made: States, rows_tokens: int | None, kept: int) -> dict[str, int]:
+    """Files of a run: its final model, the checkpoints that it keeps with one more that is being written, and the
+    tokens of the prepared data (ids and labels, 4 bytes each)."""
+    found = {
+        "final": _saved_copy(case),
+        "checkpoints": kept * case.checkpoint,
+        "the next checkpoint": case.checkpoint,
+        "prepared data": 8 * rows_tokens if rows_tokens else 0,
+    }
     if case.nvme:
         found["swap per node"] = case.processes * (made.host.get("optimizer", 0) + made.host.get("weights", 0))
     return found

@@ -291,21 +291,10 @@ def _zero3(
     made.step = largest * (width + (4 if width < 4 else 0) + (4 if optim == "adamw_torch" else 0))
 
 
-def checkpoint_bytes(
-    *,
-    parameters: int,
-    trained: int,
-    stage: int,
-    world: int,
-    adapters: bool,
-    weight_bytes: int,
-    state_bytes: int,
-) -> int:
-    """Bytes of one checkpoint over all ranks: optimizer states with their master weights, and the weights.
+def checkpoint_bytes(*, trained: int, stage: int, world: int, weight_bytes: int, state_bytes: int) -> int:
+    """Bytes of one checkpoint over all ranks (`ftdist/state.py`): the trained weights and the optimizer's states.
 
-    parameters, trained: elements of the whole model and trained ones; weight_bytes: of an element of the weights as
-    trained; state_bytes: `saved` of one rank as `states` has it. Adapter runs keep the adapters alone, others every
-    weight. Without ZeRO every rank has the same states, and one is written.
+    trained: elements; weight_bytes: of one of them; state_bytes: `saved` of one rank as `states` has it. ZeRO's states
+    hold the weights already, in float32. Without ZeRO every rank has the same, and each writes its share.
     """
-    kept = trained if adapters else parameters
-    return kept * weight_bytes + state_bytes * (world if stage else 1)
+    return state_bytes * world if stage else trained * weight_bytes + state_bytes

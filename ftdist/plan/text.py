@@ -58,22 +58,32 @@ def _forecast(plan: Plan) -> list[tuple[str, list[str]]]:
     ]
     if "export" in hosts:
         memory.append(f"  export afterwards: {gigabytes(sum(hosts['export'].values()))} of host memory")
-    disk = [f"{gigabytes(plan['checkpoint_bytes'])} a checkpoint"]
-    disk += [f"{gigabytes(size)} {name}" for name, size in plan["disk_bytes"].items() if size]
+    parts = {name: size for name, size in plan["disk_bytes"].items() if size}
+    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+    disk = [f"{gigabytes(sum(parts.values()))} in all: {listed}"]
+    if plan["checkpoint_bytes"]:
+        disk.append(f"{gigabytes(plan['checkpoint_bytes'])} a checkpoint")
     band = "" if plan["time_calibrated"] else " (within a third: not calibrated on this machine)"
     time = [
         f"{seconds(plan['seconds_per_step'])} a step, {plan['tokens_per_second']:,.0f} tokens/s, "
         f"MFU {plan['mfu']:.0%}, bound by {plan['step_bound_by']}{band}"
     ]
     if "total_seconds" in plan:
-        time.append(f"{plan['total_steps']:,} steps: {seconds(plan['total_seconds'])}")
+        about = "about " if plan.get("steps_are_a_guess") else ""
+        saves = f", checkpoints: {plan['checkpoints']:,}" if plan.get("checkpoints") else ""
+        time.append(f"{about}{plan['total_steps']:,} steps: {seconds(plan['total_seconds'])}{saves}")
     if "cost" in plan:
-        time.append(f"cost: {plan['cost']:,.2f} for {hardware['devices']} devices")
+        time.append(f"cost: {plan['cost']:,.2f} for {hardware['devices']} device" + "s" * (hardware["devices"] > 1))
     if plan.get("largest_top_percent"):
         memory.append(f"largest strategy.top_percent that fits: {plan['largest_top_percent']}")
-    fixes = [f"{' '.join(fix['overrides'])}   {fix['says']}: {gigabytes(fix['device_peak_bytes'])}, "
-             f"{seconds(fix['seconds_per_step'])} a step" for fix in plan.get("fixes", [])]  # fmt: skip
-    return [("memory", memory), ("disk", [", ".join(disk)]), ("time", time), ("not sure", plan["notes"]),
+    fixes = [
+        f"{' '.join(fix['overrides'])}   {fix['says']}: {gigabytes(fix['device_peak_bytes'])}, host "
+        f"{gigabytes(fix['host_peak_bytes_per_node'])} a node, {seconds(fix['seconds_per_step'])} a step"
+        for fix in plan.get("fixes", [])
+    ]
+    if plan.get("fixes") == []:
+        fixes = ["nothing that is tried here: devices with more memory, or a smaller model"]
+    return [("memory", memory), ("disk", disk), ("time", time), ("not sure", plan["notes"]),
             ("fits with", fixes)]  # fmt: skip
 
 
