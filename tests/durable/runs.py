@@ -2,6 +2,8 @@
 
 import json
 
+from safetensors import safe_open
+
 from ftdist.doctor import MEASURED
 
 STEPS = 6
@@ -27,6 +29,15 @@ def metrics(run_dir):
 def events(run_dir, name):
     rows = [json.loads(line) for line in (run_dir / "events.jsonl").open()]
     return [row for row in rows if row["event"] == name]
+
+
+def state_bytes(checkpoint):
+    """Of the tensors in a checkpoint's files, random numbers left out."""
+    total = 0
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            total += sum(tensors.get_tensor(name).nbytes for name in tensors.keys() if not name.startswith("random|"))  # noqa: SIM118
+    return total
 
 
 def weights(run_dir):

@@ -1,9 +1,11 @@
 """What the plan answers: for every hardware and recipe, without torch, and in one line where something is wrong."""
 
+import json
 import re
 import subprocess
 import sys
 from importlib import resources
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +13,6 @@ from ftdist import job
 from ftdist.compose import choices, compose
 from ftdist.errors import UserError
 from ftdist.forecast import refuse_what_cannot_fit
-from ftdist.plan.states import checkpoint_bytes
 from ftdist.plan.text import render, scaling
 
 CARDS = set(choices("hardware")) - {"auto", "default", "cpu"}
@@ -141,12 +142,74 @@ def test_the_refusal_names_the_need_the_limit_and_a_fix(capsys):
     assert said[0].startswith("warning: the run does not fit") and "within the plan's error" in said[1]
 
 
-def test_checkpoint_bytes():
-    full = {"parameters": 10, "trained": 10, "weight_bytes": 2, "state_bytes": 60}
-    assert checkpoint_bytes(**full, stage=3, world=2, adapters=False) == 20 + 120
-    assert checkpoint_bytes(**full, stage=0, world=2, adapters=False) == 20 + 60
-    adapters = full | {"trained": 1}
-    assert checkpoint_bytes(**adapters, stage=0, world=1, adapters=True) == 2 + 60
+def test_checkpoints_on_the_disk_and_in_the_hosts_memory():
+    """Twelve bytes a trained parameter, from a copy in the host's memory; the numbers are compared with real
+    checkpoints in tests/durable/test_resume.py."""
+    _, plan = planned("experiment=llama31_8b_spectrum25_zero3", "hardware=h100", "checkpoint.keep_best=1")
+    size = plan["checkpoint_bytes"]
+    assert size == pytest.approx(12 * plan["trainable_parameters"], rel=1e-4)
+    assert plan["disk_bytes"]["checkpoints"] == 3 * size and plan["disk_bytes"]["the next checkpoint"] == size
+    assert plan["host_phases"]["checkpoint"]["snapshot"] == size
+    assert plan["host_peak_bytes_per_node"] > size
+    _, nodes = planned("experiment=llama31_8b_spectrum25_zero3", "hardware=h100", "cluster.nodes=2")
+    assert nodes["host_phases"]["checkpoint"]["snapshot"] == pytest.approx(size / 2, rel=1e-3)
+    _, copies = planned("experiment=llama31_8b_lora", "hardware=h100", "cluster.processes=4")
+    assert copies["checkpoint_bytes"] == pytest.approx(12 * copies["trainable_parameters"], rel=1e-4)
+    _, cores = planned("model=llama32_1b", "hardware=cpu", "checkpoint.background=false")
+    kinds = cores["host_phases"]["checkpoint"]
+    assert kinds["snapshot"] == cores["checkpoint_bytes"] and kinds["ranks"] < cores["host_phases"]["train"]["ranks"]
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_made(monkeypatch, save_model, capsys):
+    from small_configs import SMALL_CONFIGS
+
+    directory = save_model(SMALL_CONFIGS["llama"])
+    words = (f"model.path={directory}", "train.max_length=16", "cluster.oversubscribe=true")
+    _, plan = planned(*words)
+    least = plan["disk_bytes"]["final"] + plan["checkpoint_bytes"]
+    free = least - 1
+    monkeypatch.setattr("ftdist.job.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    (config,) = compose("train", ["data.path=demo", *words])
+    with pytest.raises(UserError, match=r"the disk is too small: .* free .* needed .*must_fit=false"):
+        job.ready(config)
+    free = least
+    job.ready(config)
+    assert "checkpoint.keep_last=1" in capsys.readouterr().out
+
+
+def test_steps_checkpoints_and_money_from_the_size_of_the_data(tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text((json.dumps({"prompt": "x" * 1960, "completion": "y"}) + "\n") * 4096)
+    words = (f"data.path={file}", "experiment=llama31_8b_lora", "hardware=h100", "checkpoint.every_steps=10")
+    _, packed = planned(*words, "hardware.price_per_hour=2")
+    assert packed["steps_are_a_guess"] and "about" in packed["arithmetic"][1]
+    assert packed["total_steps"] == packed["steps_per_epoch"] == pytest.approx(0.8 * 4096 * 500 / 2048 / 8, abs=3)
+    assert packed["checkpoints"] == (packed["total_steps"] - 1) // 10 and packed["cost"] > 0
+    _, plain = planned(*words, "train.packing=false", "data.validation_share=0")
+    assert plain["steps_per_epoch"] == 512
+
+
+def test_what_surely_does_not_fit_decides():
+    words = ("experiment=llama31_8b_lora", "hardware=h100")
+    _, plan = planned(*words)
+    device = plan["device_peak_bytes"] * 0.99  # too small, by less than the band and a device's headroom
+    tight = (f"hardware.memory={device / 0.97}", f"hardware.host_memory={plan['host_peak_bytes_per_node'] * 0.88}")
+    _, plan = planned(*words, *tight)
+    assert (plan["fits"], plan["certain"], plan["scarce"]) == (False, True, "host")
+
+
+def test_fixes_are_cheaper_than_one_another_and_are_not_refused():
+    words = ("experiment=llama31_8b_spectrum25_zero3", "hardware=l4", "hardware.host_memory=6e10")
+    _, plan = planned(*words, "cluster.processes=1")
+    to_adapters = next(fix for fix in plan["fixes"] if "strategy=qlora" in fix["overrides"])
+    _, pasted = planned(*words, "cluster.processes=1", *to_adapters["overrides"])
+    assert pasted["fits"] and pasted["device_peak_bytes"] == to_adapters["device_peak_bytes"]
+    more = next(fix for fix in plan["fixes"] if fix["says"].startswith("more devices"))
+    assert "4 sequences a step instead of 2" in more["says"]
+    wide = ("train.max_length=4096", "train.per_device_train_batch_size=6", "train.gradient_checkpointing=false")
+    _, plan = planned(*words, *wide)
+    assert plan["fits"] is False and len(plan["fixes"]) > 1
+    assert not any("top_percent" in word or "8bit" in word for fix in plan["fixes"][1:] for word in fix["overrides"])
 
 
 def test_an_unknown_class_is_traced_once_and_has_a_band(config_directory, monkeypatch):
