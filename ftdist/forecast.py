@@ -97,6 +97,9 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         generation=(config["eval"]["batch_size"], config["eval"]["max_new_tokens"])
         if config["eval"]["samples"]
         else None,
+        answers=(min(config["eval"]["batch_size"], math.ceil(during / world)), config["eval"]["max_new_tokens"])
+        if (during := config["eval"]["during"])
+        else None,
         gpu=devices.gpu,
         runtime=devices.runtime,
         zero=zero_sizes(section, hidden) if section else (),
@@ -345,6 +348,8 @@ def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> l
         )
         return True
 
+    if config["eval"]["samples"]:  # one device answers, after training, with the whole model
+        consider({"eval.samples": 0}, "no answers after training; ftdist eval RUN where the model fits one device")
     if config["train"]["per_device_eval_batch_size"] > 1:
         consider({"train.per_device_eval_batch_size": 1}, "held-out rows one at a time")
     micro = any(consider(change, "the same global batch in smaller pieces") for change in _micro(config))

@@ -402,7 +402,7 @@ def measured(run_dir: Path) -> None:
     if not ranks:
         return
     ranks.sort(key=lambda rank: rank["rank"])
-    tops = [max(rank["peak_bytes"].values()) for rank in ranks]
+    tops = [max(rank["peak_bytes"].values()) + rank["outside_bytes"] for rank in ranks]
     times = [rank["step_seconds"] for rank in ranks if rank["step_seconds"]]
     found: dict[str, Any] = {"device_peak_bytes": max(tops), "states": _counted(ranks), "ranks": ranks}
     if ranks[0]["device"] == "cpu":  # a rank's device is the host's memory

@@ -105,6 +105,7 @@ class Meter(TrainerCallback):
             "at_start_bytes": self.start,
             "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
             "peak_bytes": self.peaks,
+            "outside_bytes": _outside(),
             "tensors": self.states,
             "step_seconds": steps[len(steps) // 2] if steps else None,
         }
@@ -192,6 +193,14 @@ def _used() -> int:
 
 def _peak() -> int:
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _outside() -> int:
+    """Bytes of a GPU that are used but not torch's: context, NCCL (and other programs, if it is shared)."""
+    if not torch.cuda.is_available():
+        return 0  # a resident set has everything in it
+    free, total = torch.cuda.mem_get_info()
+    return max(int(total - free - torch.cuda.memory_reserved()), 0)
 
 
 def _reset() -> None:

@@ -59,6 +59,7 @@ class Case:
     fused: bool = True  # the loss is made with the output head, a chunk at a time
     background: bool = True  # a checkpoint is written while training goes on
     stored: str = "bfloat16"  # the base's files
+    answers: tuple[int, int] | None = None  # (rows, tokens) that a rank answers at once while it trains
 
     @property
     def checkpoint(self) -> int:
@@ -168,6 +169,8 @@ def need(case: Case) -> Memory:
     device["resume"] = base | {"step": 0}
     if case.generation is not None:
         device["generation"] = _generation(case)
+    if case.answers is not None:
+        device["answers"] = base | _growing(case, *case.answers) | {"gathered": gathered}
     notes = _notes(case, made)
     device_peak = max(sum(phase.values()) for phase in device.values())
     worst = max(device.values(), key=lambda phase: sum(phase.values()))
@@ -387,11 +390,15 @@ def _generation(case: Case) -> Phase:
             for h in case.held
         )
     assert case.generation is not None
-    rows, new = case.generation
+    return {"weights": base, "runtime": case.runtime, **_growing(case, *case.generation)}
+
+
+def _growing(case: Case, rows: int, new: int) -> Phase:
+    """What `rows` answers of `new` tokens need beside the weights: keys and values, logits of the last token."""
+    width = WIDTH[case.dtype]
     heads = case.family.kv_heads * case.family.head_dim if case.family else case.hidden
     cache = 2 * case.layers * rows * (case.length + new) * heads * width
-    logits = rows * case.vocabulary * (width + 4)
-    return {"weights": base, "cache": cache, "logits_and_loss": logits, "runtime": case.runtime}
+    return {"cache": cache, "logits_and_loss": rows * case.vocabulary * (width + 4)}
 
 
 def _host(case: Case, made: States, device_peak: int, between: int) -> dict[str, Phase]:

@@ -189,6 +189,15 @@ def test_steps_checkpoints_and_money_from_the_size_of_the_data(tmp_path):
     assert plain["steps_per_epoch"] == 512
 
 
+def test_answers_need_a_device_for_the_whole_model_or_a_place_beside_the_states():
+    words = ("experiment=llama31_70b_spectrum_nodes", "hardware=h100")
+    _, plan = planned(*words, "eval.samples=100")
+    assert plan["fits"] is False and plan["fixes"][0]["overrides"] == ["eval.samples=0"]
+    _, plan = planned(*words, "eval.during=64")
+    kinds = plan["phases"]["answers"]
+    assert plan["fits"] and kinds["cache"] > 0 and kinds["optimizer"] == plan["phases"]["step"]["optimizer"]
+
+
 def test_what_surely_does_not_fit_decides():
     words = ("experiment=llama31_8b_lora", "hardware=h100")
     _, plan = planned(*words)
