@@ -357,17 +357,17 @@ def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> l
     best = {**recompute, **smallest[0]}
     if not (micro or again) and recompute and smallest[0]:
         consider(best, "recomputation and smaller pieces")
+    short = bool(best) and not enough(best)  # what changes nothing in the result is there, and does not do
     stage = config["engine"]["name"][:5]
     buffers = {"zero3": ("sub_group_size", 100_000_000)}.get(stage, ("reduce_bucket_size", 50_000_000))
     if stage.startswith("zero") and buffers[0] not in config["engine"]["zero"]:
         small = {f"engine.zero.{buffers[0]}": buffers[1]}
-        _ = consider(small, "smaller buffers of DeepSpeed's") or consider(
-            {**best, **small} if best else {}, "smaller buffers of DeepSpeed's, recomputation, smaller pieces"
-        )
+        if not consider(small, "smaller buffers of DeepSpeed's") and short:
+            consider({**best, **small}, "smaller buffers of DeepSpeed's, recomputation, smaller pieces")
     for name in _engines(config, world):
         how = "weights and optimizer states in the host's memory" if name == "zero3_offload" else "sharded further"
         alone = consider({"engine": name}, how)
-        if not alone and best:
+        if not alone and short:
             alone = consider({"engine": name, **best}, f"{how}, recomputation, smaller pieces")
         if alone:
             break
