@@ -11,7 +11,7 @@ import numpy as np
 import plain_reference
 import pytest
 import torch
-from conftest import LAYERS
+from architectures import LAYERS
 from safetensors.torch import load_file, save_file
 
 from ftdist.errors import UserError

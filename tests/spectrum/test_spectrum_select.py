@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import build
+from architectures import build
 
 from ftdist.errors import UserError
 from ftdist.spectrum import scan as scanning

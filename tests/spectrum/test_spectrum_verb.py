@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import LAYERS, build
+from architectures import LAYERS, build
 from matplotlib import image
 
 from ftdist.spectrum import verb
