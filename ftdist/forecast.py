@@ -161,8 +161,8 @@ def _kept(keys: dict[str, Any], steps: int | None) -> int:
 
 
 def _written(keys: dict[str, Any], steps: int, took: float) -> int:
-    """Checkpoints by step and by the clock; those at a best held-out loss or a stop are not known."""
-    by_step = (steps - 1) // keys["every_steps"] if keys["every_steps"] else 0
+    """Checkpoints by step and by the clock; those at a best held-out loss, a stop or the end come on top."""
+    by_step = steps // keys["every_steps"] if keys["every_steps"] else 0
     return by_step + (int(took / 60 / keys["every_minutes"]) if keys["every_minutes"] else 0)
 
 

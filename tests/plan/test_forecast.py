@@ -184,7 +184,7 @@ def test_steps_checkpoints_and_money_from_the_size_of_the_data(tmp_path):
     _, packed = planned(*words, "hardware.price_per_hour=2")
     assert packed["steps_are_a_guess"] and "about" in packed["arithmetic"][1]
     assert packed["total_steps"] == packed["steps_per_epoch"] == pytest.approx(0.8 * 4096 * 500 / 2048 / 8, abs=3)
-    assert packed["checkpoints"] == (packed["total_steps"] - 1) // 10 and packed["cost"] > 0
+    assert packed["checkpoints"] == packed["total_steps"] // 10 and packed["cost"] > 0
     _, plain = planned(*words, "train.packing=false", "data.validation_share=0")
     assert plain["steps_per_epoch"] == 512
 
