@@ -105,6 +105,7 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         zero=zero_sizes(section, hidden) if section else (),
         fused=not any(h.name.startswith("lm_head.lora_") for h in held),  # an adapter has a forward of its own
         background=config["checkpoint"]["background"],
+        experts=_experts(shapes),
         stored=shapes.dtype if shapes.dtype in WIDTH else facts["loaded"],
     )
 
@@ -513,6 +514,15 @@ def _sizes(shapes: Shapes) -> tuple[int, int, int]:
         (config[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(config.get(k), int)), 1
     )
     return hidden, layers, rows
+
+
+def _experts(shapes: Shapes) -> int:
+    """Experts of a layer that a token goes through; 0 where there is no mixture."""
+    known = family(shapes.config)
+    if known:
+        return known.experts_per_token
+    config = shapes.config.get("text_config") or shapes.config
+    return next((config[k] for k in ("num_experts_per_tok", "moe_k") if isinstance(config.get(k), int)), 0)
 
 
 def _attention(implementation: str) -> str:

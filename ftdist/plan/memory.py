@@ -59,6 +59,7 @@ class Case:
     fused: bool = True  # the loss is made with the output head, a chunk at a time
     background: bool = True  # a checkpoint is written while training goes on
     stored: str = "bfloat16"  # the base's files
+    experts: int = 0  # that a token goes through, of a layer's; 0: no mixture
     answers: tuple[int, int] | None = None  # (rows, tokens) that a rank answers at once while it trains
 
     @property

@@ -42,8 +42,8 @@ def step(case: Case, hardware: Hardware, tokens_per_step: int) -> Speed:
             if not case.tied:
                 continue
         share = 1.0
-        if len(h.shape) == 3 and case.family and case.family.experts_per_token:
-            share = case.family.experts_per_token / h.shape[0]
+        if len(h.shape) == 3 and case.experts:
+            share = case.experts / h.shape[0]
         slow = DEQUANTISED if h.quantized else 1.0
         forward += 2 * h.numel * share * slow
         inputs += 2 * h.numel * share * slow

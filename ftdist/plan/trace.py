@@ -5,6 +5,7 @@ Slow (imports torch and transformers); for architectures without a closed form, 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,7 +103,9 @@ def meta(
     model.train()
     model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name is not in every supported transformers
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     body = model.base_model

@@ -234,6 +234,17 @@ def test_an_unknown_class_is_traced_once_and_has_a_band(config_directory, monkey
     assert planned(*words)[1]["phases"] == plan["phases"]
 
 
+def test_a_token_goes_through_some_experts_of_an_unknown_class(config_directory):
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+    experts = {"num_experts": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 160, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    directory = config_directory({"model_type": "qwen3_moe", **sizes, **experts, **heads})
+    words = (f"model.path={directory}", "hardware=h100", "train.max_length=128")
+    _, plan = planned(*words)
+    peak = 9.89e14 * plan["mfu"] * plan["seconds_per_step"] / plan["tokens_per_step"]  # operations of a token
+    assert peak < plan["total_parameters"]  # all experts would make it six times as many
+
+
 def test_tracing_is_within_its_band_of_the_closed_form():
     from ftdist.plan.activations import Setting, Trained, activations, family
     from ftdist.plan.trace import meta
