@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ def write(directory: Path, run_dir: Path, run: dict[str, Any], record: dict[str,
     data = _json(run_dir / "data_report.json")
     metrics = _json(run_dir / "eval" / "metrics.json")
     adapter = record["kind"] == "adapter"
+    known = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{base}/")
+    # A hub takes only a hub id for a base; a path on this machine would have the whole card refused.
+    of_hub = {"base_model": "/".join(known.groups())} if known else {}
     front: dict[str, Any] = {
-        "base_model": of_base.get("name") or str(base),
+        **of_hub,
         "base_model_relation": "adapter" if adapter else "finetune",
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -124,7 +128,7 @@ def _results(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     values = [
         {"type": name, "name": name, "value": value}
         for name, value in metrics.get("tuned", {}).items()
-        if isinstance(value, int | float) and name != "rows"
+        if isinstance(value, int | float) and name not in ("rows", "empty")
     ]
     if not values:
         return []

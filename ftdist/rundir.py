@@ -117,7 +117,14 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: no run directory (no config.yaml in it); runs are made by `ftdist train`")
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as failure:
+        raise UserError(
+            f"{file}: cannot be read ({' '.join(str(failure).split())[:160]}); the run directory is not whole"
+        )
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: holds no configuration; the run directory is not whole")
     return config
 
 
