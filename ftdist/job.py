@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Callable
@@ -309,9 +310,13 @@ def launch(run_dir: Path, token: int) -> None:
         except Failed as failure:
             again = rundir.left_out(run_dir) != before[1]  # a roll-back: the last checkpoint, without that step
             if not again:
+                stuck = _progress(run_dir) == before
+                if failure.status == FAILED and (stuck or restarts >= keys["max_restarts"]):
+                    with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
+                        rundir.record(run_dir, "failed", None, reason=str(failure))
                 if failure.status != FAILED or restarts >= keys["max_restarts"]:
                     raise
-                if _progress(run_dir) == before:
+                if stuck:
                     raise Failed(f"{failure}; not started again: no checkpoint since the last start", FENCED)
                 restarts += 1
             rundir.record(run_dir, "restart", None, reason=str(failure))

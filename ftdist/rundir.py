@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -168,3 +169,11 @@ def environment() -> dict[str, Any]:
         "commit": git.stdout.strip() or None,
         "versions": versions,
     }
+
+
+def again(environment: dict[str, Any]) -> str:
+    """The command that made a run, for a shell."""
+    first, *words = environment["command"]
+    if Path(first).name == "train.py":  # by an outside launcher, whose settings the run directory has
+        return shlex.join(["accelerate", "launch", "--config_file", "accelerate.yaml", "-m", "ftdist.train", *words])
+    return shlex.join(["ftdist", *words])

@@ -8,11 +8,11 @@ import difflib
 import json
 import math
 import re
-import shlex
 from html import escape
 from importlib.resources import files
 from typing import Any
 
+from ftdist import rundir
 from ftdist.evaluate import tables
 from ftdist.report import gather
 from ftdist.report.gather import Run
@@ -115,7 +115,10 @@ def _words(run: Run) -> str:
             else f"Finished: {what}."
         )
     else:
+        last = run.events[-1] if run.events else {}
         why = f" Rank {run.errors[0].get('rank')} failed: {run.errors[0].get('message')}." if run.errors else ""
+        if last.get("event") == "failed":  # which names the first; the others only miss it
+            why = f" It failed: {last.get('reason')}."
         said.append(f"Not finished; so far {what}.{why}")
     held = [row["eval_loss"] for row in run.held_out if row.get("eval_loss") is not None]
     base, tuned = metrics.get("base", {}), metrics.get("tuned", {})
@@ -360,13 +363,12 @@ def _again(run: Run) -> str:
     environment = run.environment
     if not environment:
         return '<p class="soft">env.json is not there: command and versions are not known.</p>'
-    command = shlex.join(["ftdist", *environment.get("command", ["", "train"])[1:]])
     versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
     facts = (
         f"Python {environment.get('python')}; {versions}; {environment.get('platform')}; commit "
         f"{environment.get('commit') or 'not known'}; seed {run.config.get('seed')}."
     )
-    return f'<pre>{escape(command)}</pre><p class="soft">{escape(facts)}</p>'
+    return f'<pre>{escape(rundir.again(environment))}</pre><p class="soft">{escape(facts)}</p>'
 
 
 # --- several runs ---------------------------------------------------------------------------------
