@@ -16,7 +16,10 @@ LOGITS = 1 << 28  # elements of the largest logits that a batch may have (1 GiB 
 
 
 def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str) -> tuple[np.ndarray, np.ndarray]:
-    """Summed negative log-likelihood of the supervised tokens of every prepared held-out row, and their number."""
+    """Summed negative log-likelihood of the supervised tokens of every held-out example, and their number.
+
+    A prepared row may hold several examples, one after the other.
+    """
     import datasets
     import torch
 
@@ -26,7 +29,8 @@ def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str)
     rows = datasets.load_from_disk(str(prepared / "validation"))
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    first = np.cumsum([0, *(len(inside) for inside in rows["lengths"])])  # example of each row
+    sums, counts = np.zeros(first[-1]), np.zeros(first[-1])
     vocabulary = model.get_input_embeddings().weight.shape[0]
     with_positions = takes_positions(model)
     done = 0
@@ -41,12 +45,14 @@ def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str)
             logits = model(input_ids=batch["input_ids"], use_cache=False, **positions).logits
             for row, i in enumerate(chosen):  # a row at a time: its logits in float32 are a copy
                 wanted = targets[row] != IGNORED
-                sums[i] = float(
-                    torch.nn.functional.cross_entropy(
-                        logits[row][wanted].float(), targets[row][wanted], reduction="sum"
-                    )
+                each = torch.nn.functional.cross_entropy(
+                    logits[row][wanted].float(), targets[row][wanted], reduction="none"
                 )
-                counts[i] = int(wanted.sum())
+                inside = rows[i]["lengths"]
+                owner = np.repeat(np.arange(len(inside)), inside)[wanted[: sum(inside)].cpu().numpy()]
+                own = slice(first[i], first[i + 1])
+                sums[own] = np.bincount(owner, each.double().cpu().numpy(), len(inside))
+                counts[own] = np.bincount(owner, minlength=len(inside))
         done += len(chosen)
         progress(f"loss of {which}: {done}/{len(rows)}", done == len(rows))
     return sums, counts

@@ -20,6 +20,8 @@ from ftdist.report.plots import MARKS, SERIES
 
 DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#ff7b72", "#d29922", "#39c5cf", "#f778ba")
 LONG = 1500  # characters of an answer that are shown
+EVENTS = 60  # shown, the last ones
+DETAILS = ("grad_norm", "loss_by_rank")  # of events, which their text or the plots say
 STYLE = files(__package__) / "style.css"
 
 
@@ -280,17 +282,25 @@ def _quantity(key: str, value: Any) -> str:
 
 def _events(run: Run) -> str:
     rows = []
-    for event in run.events:
-        more = ", ".join(f"{k}: {_value(v)}" for k, v in event.items() if k not in ("time", "event", "step"))
+    told = [event for event in run.events if event.get("event") != "checkpoint"]  # the plot and the last line have them
+    for event in told[-EVENTS:]:
+        facts = {key: value for key, value in event.items() if key not in ("time", "event", "step", *DETAILS)}
+        text = facts.pop("text", None) or facts.pop("reason", None)
+        more = [str(text)] if text else []
+        more += [f"{key.replace('_', ' ')} {_value(v)}" for key, v in facts.items() if v is not None]
         step = "" if event.get("step") is None else str(event["step"])
-        rows.append([_when(event["time"]), escape(str(event.get("event"))), escape(step), escape(more[:300])])
+        words = escape(", ".join(more)[:300])
+        name = f'<span class="kind">{escape(str(event.get("event")))}</span>'
+        rows.append([_when(event["time"]), name, escape(step), words])
+    if len(told) > EVENTS:
+        rows.insert(0, ["", "", "", f"{len(told) - EVENTS} earlier ones: events.jsonl"])
     for error in run.errors:
         message = escape(f"rank {error.get('rank')}: {error.get('message')}")
         rows.append([_when(error.get("time")), '<span class="bad">rank failed</span>', "", message])
     kept = ", ".join(f"{c['name']} ({c['bytes'] / 2**20:,.1f} MiB)" for c in run.checkpoints)
-    return (_table(["UTC", "event", "step", ""], rows) if rows else "") + (
-        f'<p class="soft">Checkpoints kept: {escape(kept)}.</p>' if kept else ""
-    )
+    made = sum(event.get("event") == "checkpoint" for event in run.events)
+    said = f"{made} checkpoints were made. Kept: {escape(kept) or 'none'}."
+    return _table(["UTC", "event", "step", ""], rows) + (f'<p class="soft">{said}</p>' if made or kept else "")
 
 
 def _when(seconds: float | None) -> str:

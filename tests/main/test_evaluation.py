@@ -42,6 +42,7 @@ def test_base_and_tuned_side_by_side(evaluated, cell):
     loss = metrics["difference"]["loss"]
     assert loss["difference"] == pytest.approx(metrics["tuned"]["loss"] - metrics["base"]["loss"])
     assert loss["low"] <= loss["difference"] <= loss["high"] < 0 and loss["wins"] > loss["losses"]
+    assert loss["wins"] + loss["ties"] + loss["losses"] == metrics["held_out"]  # examples, several in a packed row
     assert metrics["signatures"]["bleu"].startswith("nrefs:1|case:mixed")
     for row in samples:
         assert row["prompt"].rstrip().endswith("assistant") or row["prompt"]
