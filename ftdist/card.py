@@ -21,11 +21,8 @@ def write(directory: Path, run_dir: Path, run: dict[str, Any], record: dict[str,
     data = _json(run_dir / "data_report.json")
     metrics = _json(run_dir / "eval" / "metrics.json")
     adapter = record["kind"] == "adapter"
-    known = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{base}/")
-    # A hub takes only a hub id for a base; a path on this machine would have the whole card refused.
-    of_hub = {"base_model": "/".join(known.groups())} if known else {}
     front: dict[str, Any] = {
-        **of_hub,
+        **hub_id(base),
         "base_model_relation": "adapter" if adapter else "finetune",
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -52,6 +49,12 @@ def write(directory: Path, run_dir: Path, run: dict[str, Any], record: dict[str,
     ]
     text = f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(sections) + "\n"
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def hub_id(base: Path) -> dict[str, str]:
+    """`base_model` for a snapshot in a hub's cache. Of another directory nothing: a hub refuses a card with a path."""
+    known = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{base}/")
+    return {"base_model": f"{known[1]}/{known[2]}"} if known else {}
 
 
 def _use(adapter: bool) -> str:

@@ -48,7 +48,7 @@ def test_every_strategy_and_engine_exports_what_was_trained(cell, tmp_path, monk
         assert parity["quantised_to_exported"]["kl_mean"] > 0
     assert parity["answer"]["tokens"] > 0
     card = (out / "README.md").read_text()
-    for part in ("base_model:", "license: other", "## Data", "## Recipe", "## Metrics", strategy):
+    for part in ("base_model_relation:", "## Base", "license: other", "## Data", "## Recipe", "## Metrics", strategy):
         assert part in card
 
 
@@ -145,6 +145,17 @@ def test_bad_input_is_answered_in_one_line(run, cell, model, tmp_path):
     shutil.copytree(source, plan)
     (plan / "plan.json").write_text("{}")
     run("export", plan).refused("made by ftdist", "plan.json")
+
+
+def test_a_card_names_a_base_that_a_hub_knows():
+    """A path of this machine in `base_model` would have the upload refused."""
+    from pathlib import Path
+
+    from ftdist.card import hub_id
+
+    place = Path("/c/hub/models--Qwen--Qwen2.5-0.5B--new/snapshots/0ab1")
+    assert hub_id(place) == {"base_model": "Qwen/Qwen2.5-0.5B--new"}
+    assert hub_id(Path("/models/Qwen2.5-0.5B")) == {}
 
 
 def test_gguf_by_the_converter_that_is_there(run, cell, tmp_path):
