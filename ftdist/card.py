@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def write(directory: Path, run_dir: Path, run: dict[str, Any], record: dict[str,
     metrics = _json(run_dir / "eval" / "metrics.json")
     adapter = record["kind"] == "adapter"
     front: dict[str, Any] = {
-        "base_model": of_base.get("name") or str(base),
+        **hub_id(base),
         "base_model_relation": "adapter" if adapter else "finetune",
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -48,6 +49,12 @@ def write(directory: Path, run_dir: Path, run: dict[str, Any], record: dict[str,
     ]
     text = f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(sections) + "\n"
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def hub_id(base: Path) -> dict[str, str]:
+    """`base_model` for a snapshot in a hub's cache. Of another directory nothing: a hub refuses a card with a path."""
+    known = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{base}/")
+    return {"base_model": f"{known[1]}/{known[2]}"} if known else {}
 
 
 def _use(adapter: bool) -> str:
@@ -124,7 +131,7 @@ def _results(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     values = [
         {"type": name, "name": name, "value": value}
         for name, value in metrics.get("tuned", {}).items()
-        if isinstance(value, int | float) and name != "rows"
+        if isinstance(value, int | float) and name not in ("rows", "empty")
     ]
     if not values:
         return []

@@ -211,9 +211,9 @@ def evaluate(argv: list[str]) -> int:
     else:
         frozen, defaults = rundir.read_config(directory)["eval"], None
     wanted = compose.group("eval", "eval", argv[1:], frozen)
+    if wanted["samples"] == 0 and not any(word.startswith("eval.samples=") for word in argv):
+        wanted["samples"] = evaluation.USUAL
     evaluation.check(wanted)
-    if wanted["samples"] == 0:
-        raise UserError("eval.samples=0: nothing to evaluate; set eval.samples=200")
     evaluation.evaluate(directory, wanted, defaults)
     return OK
 

@@ -70,7 +70,7 @@ def export(
             _room(source, partial, dtype)
             merged = _write_whole(source, final, partial, is_adapter, dtype, max_shard_size)
         written = time.monotonic() - started
-        _tokenizer(final, partial)
+        _tokenizer(final, partial, run["config"]["model"]["trust_remote_code"])
         record: dict[str, Any] = {
             "run": str(run_dir),
             "base": run["config"]["model"]["path"],
@@ -79,7 +79,8 @@ def export(
             "seconds": round(written, 2),
         }
         if parity:
-            record["parity"] = _check(run_dir, run, partial, is_adapter, merge, base_dir, tolerance, merged)
+            rounds = dtype != "auto" or record["kind"] == "merged"
+            record["parity"] = _check(run_dir, run, partial, is_adapter, merge, base_dir, tolerance, merged, rounds)
         rundir.write_json(partial / RECORD, record)
         card.write(partial, run_dir, run, record, license)
         old = target.with_name(f".{target.name}.old")
@@ -124,28 +125,36 @@ def _write_whole(
 
 def _copy_adapter(final: Path, target: Path, base_dir: Path | None) -> None:
     merge.copy_beside(final, target, ("adapter_config.json", "adapter_model*.safetensors"))
+    merge.copy_beside(final.parent, target, (bases.FILE,))  # so that another base is noticed there too
     settings = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
     rundir.write_json(target / "adapter_config.json", settings | {"base_model_name_or_path": str(base_dir)})
 
 
-def _tokenizer(final: Path, target: Path) -> None:
-    """Everything of the tokenizer; and generation stops where the template's turns end."""
+def _tokenizer(final: Path, target: Path, trust_remote_code: bool) -> None:
+    """Everything of the tokenizer; and a whole model's generation stops where the template's turns end."""
     weights = ("adapter_", "model", "config.json", "generation_config.json", "README.md", "training_args")
     for file in sorted(final.iterdir()):
         if file.is_file() and not file.name.startswith(weights):
             shutil.copyfile(file, target / file.name)
-    settings = target / "generation_config.json"
-    if not settings.is_file():
+    if (target / "adapter_config.json").is_file():  # its base has the generation config
         return
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    values = json.loads(settings.read_text(encoding="utf-8"))
+    from ftdist.evaluate.generate import turn_ends
+
+    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=trust_remote_code)
+    settings = target / "generation_config.json"
+    if settings.is_file():
+        values = json.loads(settings.read_text(encoding="utf-8"))
+    else:
+        config = reader.config(target)
+        named = ("bos_token_id", "eos_token_id", "pad_token_id")
+        values = {key: config[key] for key in named if config.get(key) is not None}
     ends = values.get("eos_token_id")
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
-        values["eos_token_id"] = [*known, tokenizer.eos_token_id]
-        rundir.write_json(settings, values)
+    ends = [*known, *sorted(turn_ends(tokenizer) - set(known))]
+    values["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    rundir.write_json(settings, values)
 
 
 def _check(
@@ -157,15 +166,16 @@ def _check(
     base_dir: Path | None,
     tolerance: float | None,
     dtypes: dict[str, str],
+    rounds: bool,
 ) -> dict[str, Any]:
-    """Parity in numbers; Failed when any comparison is over its tolerance."""
+    """Parity in numbers; Failed when any comparison is over its tolerance. rounds: the files may hold other numbers."""
     import torch
     from safetensors.torch import load_file
 
     from ftdist.evaluate.load import Loader
 
     trained = run_dir / parity.FILE
-    loader = Loader(run_dir, run["config"], run["plan"], base_dir)
+    loader = Loader(run_dir, run["config"], run["plan"], base_dir or run_dir / "final")
     recorded = load_file(trained) if trained.is_file() else None
     ids = recorded["input_ids"] if recorded else loader.probe(parity.TOKENS)
     found: dict[str, Any] = {"tokens": ids.shape[1]}
@@ -198,7 +208,7 @@ def _check(
     del model
     gc.collect()
     exported, answer = parity.reloaded(directory, ids, run["config"]["model"]["trust_remote_code"])
-    codes = set(dtypes.values())
+    codes = set(dtypes.values()) if rounds else set()
     loosest = "bfloat16" if "BF16" in codes else "float16" if "F16" in codes else "float32"
     compare("trained_to_exported", reference, exported, tolerance or parity.TOLERANCE[loosest])
     if rounded is not None:
@@ -233,7 +243,7 @@ def _memory(parameters: int) -> None:
 def _room(source: Path, target: Path, dtype: str) -> None:
     """UserError when the disk will not hold what is written."""
     wide = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype)
-    need = sum(t.elements * (wide or merge.WIDTHS[t.dtype]) for t in reader.tensors(source).values())
+    need = sum(t.elements * (wide or merge.WIDTHS.get(t.dtype, 8)) for t in reader.tensors(source).values())
     free = shutil.disk_usage(target).free
     if need > free:
         raise UserError(

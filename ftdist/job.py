@@ -324,10 +324,12 @@ def launch(run_dir: Path, token: int) -> None:
                 if rolled_back > ROLL_BACKS:
                     raise Failed(f"{failure}; {rolled_back} times now without a checkpoint in between", FENCED)
             else:
-                asked = (run_dir / stops.REQUEST).exists()
+                asked, stuck = (run_dir / stops.REQUEST).exists(), _progress(run_dir) == before
+                if failure.status == FAILED and (stuck or asked or restarts >= keys["max_restarts"]):
+                    rundir.record(run_dir, "failed", None, reason=str(failure))
                 if failure.status != FAILED or asked or restarts >= keys["max_restarts"]:
                     raise
-                if _progress(run_dir) == before:
+                if stuck:
                     raise Failed(f"{failure}; not started again: no checkpoint since the last start", FENCED)
                 restarts += 1
             rundir.record(run_dir, "restart", None, reason=str(failure))

@@ -269,6 +269,8 @@ def write_model(
     entries = []
     for name, origin in of.items():
         stored, update = source[origin], updates.get(name)
+        if stored.dtype not in WIDTHS:
+            raise UserError(f"export: {name} of the base is stored as {stored.dtype}, which cannot be written here")
         code = stored.dtype if dtype == "auto" or stored.dtype not in reader.FLOATS else CODES[dtype]
         shape = tuple(update.whole.shape) if update and update.whole is not None else stored.shape
         entries.append((name, shape, code, lambda s=stored, u=update, c=code, n=name: _pieces(s, u, c, n)))
@@ -317,7 +319,7 @@ def _pieces(stored: Stored, update: Update | None, code: str, name: str) -> Iter
     """The bytes of one tensor, some rows at a time."""
     import torch
 
-    if update is None and code == stored.dtype and stored.offset is not None:
+    if update is None and code == stored.dtype:
         yield from _bytes(stored)
         return
     wanted = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[code]
@@ -341,9 +343,13 @@ def _pieces(stored: Stored, update: Update | None, code: str, name: str) -> Iter
         yield result.flatten().view(torch.uint8).numpy().data
 
 
-def _bytes(stored: Stored) -> Iterator[bytes]:
+def _bytes(stored: Stored) -> Iterator[Any]:
+    if stored.offset is None:  # of a .bin file
+        for start in range(0, stored.elements, PIECE // 8):
+            stop = min(start + PIECE // 8, stored.elements)
+            yield reader.elements(stored, start, stop).view("u1").data
+        return
     left = stored.elements * WIDTHS[stored.dtype]
-    assert stored.offset is not None
     with stored.file.open("rb") as file:
         file.seek(stored.offset)
         while left:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
+from ftdist import rundir
 from ftdist.data.report import words
 from ftdist.evaluate.tables import table
 from ftdist.plan.text import gigabytes, render, seconds
@@ -22,7 +22,7 @@ def write(run_dir: Path) -> None:
     parts += ["## Data", _block(words(Path(plan["prepared"])))]
     if (run_dir / "snr.png").is_file():
         parts += ["## Spectrum", "SNR of every module; what is trained is marked.", "![SNR by layer](snr.png)"]
-    parts += ["## Again", _block(shlex.join(["ftdist", *environment["command"][1:]]))]
+    parts += ["## Again", _block(rundir.again(environment))]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     parts.append(f"Python {environment['python']}, {versions}; commit {environment['commit'] or 'not known'}.")
     partial = run_dir / ".README.md"

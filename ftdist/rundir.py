@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -152,7 +153,14 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: no run directory (no config.yaml in it); runs are made by `ftdist train`")
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as failure:
+        raise UserError(
+            f"{file}: cannot be read ({' '.join(str(failure).split())[:160]}); the run directory is not whole"
+        )
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: holds no configuration; the run directory is not whole")
     return config
 
 
@@ -196,3 +204,11 @@ def environment() -> dict[str, Any]:
         "commit": git.stdout.strip() or None,
         "versions": versions,
     }
+
+
+def again(environment: dict[str, Any]) -> str:
+    """The command that made a run, for a shell."""
+    first, *words = environment["command"]
+    if Path(first).name == "train.py":  # by an outside launcher, whose settings the run directory has
+        return shlex.join(["accelerate", "launch", "--config_file", "accelerate.yaml", "-m", "ftdist.train", *words])
+    return shlex.join(["ftdist", *words])

@@ -46,6 +46,12 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.T
     return {"input_ids": input_ids, "position_ids": position_ids, "targets": targets, "tokens": tokens}
 
 
+def takes_positions(model: Any) -> bool:
+    """Whether the architecture is told positions (learned or rotary ones are; ALiBi and recurrent models have none)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "position_ids" in inspect.signature(inner.forward).parameters
+
+
 class AskedToStop(Exception):
     """All ranks have agreed to give up an evaluation."""
 
@@ -81,10 +87,7 @@ class TokenTrainer(Trainer):
         self.sharded = False  # weights are in pieces over the ranks (ZeRO-3)
         self.trainable = trainable  # elements that the plan said would be trained
         self.head = Head(model, self.args.label_smoothing_factor, "dft" if loss_type == "dft" else "nll")
-        forward = inspect.signature(
-            model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
-        )
-        self.takes_positions = "position_ids" in forward.parameters
+        self.takes_positions = takes_positions(model)
         self.examined = False
         self.tokens = 0  # on this rank, padding not counted
         self.clock = (0, 0.0)  # tokens over all ranks and time at the last log

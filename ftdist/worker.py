@@ -36,6 +36,7 @@ def train(run_dir: Path) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ftdist import keeper, models, parity, tracking
     from ftdist.evaluate.during import Examiner
+    from ftdist.evaluate.generate import positions_of
     from ftdist.health import Health
     from ftdist.measure import Meter
     from ftdist.plan.shapes import model_shapes
@@ -96,7 +97,9 @@ def train(run_dir: Path) -> int:
         )
     trainer.sharded = plan["stage"] == 3
     if config["eval"]["during"]:
-        trainer.examiner = Examiner(data, config["eval"]["during"], tokenizer, config["seed"], config["eval"])
+        trainer.examiner = Examiner(
+            data, config["eval"]["during"], tokenizer, positions_of(model), config["seed"], config["eval"]
+        )
     if plan["stage"] and trainer.accelerator.distributed_type.value != "DEEPSPEED":
         raise RuntimeError("the launcher's environment keeps DeepSpeed out (unset ACCELERATE_USE_CPU)")
 

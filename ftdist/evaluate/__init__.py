@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pydantic import Field
 
 from ftdist import rundir, schema
 from ftdist.errors import FAILED, OK, USAGE, Failed, UserError
+from ftdist.spectrum import reader
 
+USUAL = 200  # answers, where `ftdist eval` is not told how many
 LONGEST = 4096  # tokens of a row of the user's own evaluation data that count, where the model takes so many
 
 
@@ -69,17 +72,27 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
         assert defaults is not None
         if wanted["data"] is None:
             raise UserError(f"{target}: a model directory brings no held-out rows; give eval.data=FILE")
-        config, plan = defaults, None
+        config, plan, tokenizer = defaults, None, target
+        longest = min(LONGEST, _positions(target, wanted["base"]))
     else:
         run = rundir.finished(target)
-        config, plan = run["config"], run["plan"]
-    tokenizer = target if plan is None else target / "final"
-    prepared = _prepared(config, tokenizer, wanted["data"], "eval.data") if wanted["data"] else Path(plan["prepared"])  # type: ignore[index]
+        config, plan, tokenizer = run["config"], run["plan"], target / "final"
+        positions = _positions(tokenizer, wanted["base"] or config["model"]["path"])
+        longest = max(config["train"]["max_length"], min(LONGEST, positions))
+    if not os.access(target, os.W_OK):
+        raise UserError(f"{target}: cannot be written, and eval/ comes into it; copy it to another place")
+    if wanted["data"]:
+        prepared = _prepared(target, config, tokenizer, longest, wanted["data"], "eval.data")
+    else:
+        assert plan is not None
+        prepared = Path(plan["prepared"])
     if not (prepared / "validation_rows.jsonl").is_file():
         raise UserError(
             f"{target}: its prepared data are gone ({prepared}); give the held-out rows with eval.data=FILE"
         )
-    retention = _prepared(config, tokenizer, wanted["retention"], "eval.retention") if wanted["retention"] else None
+    retention = None
+    if wanted["retention"]:
+        retention = _prepared(target, config, tokenizer, longest, wanted["retention"], "eval.retention")
     task = {
         "target": str(target),
         "wanted": wanted,
@@ -100,15 +113,20 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
         raise Failed(message, done.returncode if done.returncode > 0 else FAILED)
 
 
-def _positions(config: dict[str, Any]) -> int:
-    """Positions of the model that `config` names; no limit where its files do not say."""
-    file = Path(config["model"]["path"], "config.json")
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _positions(directory: Path, base: str | None) -> int:
+    """Positions of the model in `directory`, which may be an adapter for `base`; no limit where no file says."""
+    adapter = directory / "adapter_config.json"
+    if base is None and adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    places = [directory, *([Path(base).expanduser()] if base else [])]
+    values = next(filter(None, map(reader.config, places)), {})
     inner = values.get("text_config") or {}
     return int(values.get("max_position_embeddings") or inner.get("max_position_embeddings") or LONGEST)
 
 
-def _prepared(config: dict[str, Any], tokenizer: Path, data: str | list[str], key: str) -> Path:
+def _prepared(
+    target: Path, config: dict[str, Any], tokenizer: Path, longest: int, data: str | list[str], key: str
+) -> Path:
     """Rows of the user's own file, in the template and with the mask of the run, none taken out."""
     from ftdist.data.prepare import prepare
 
@@ -124,18 +142,19 @@ def _prepared(config: dict[str, Any], tokenizer: Path, data: str | list[str], ke
         "stratify": False,
         "chat_template": "tokenizer",
         **dict.fromkeys(("min_answer", "max_answer", "max_repetition", "max_markup", "scripts")),
+        "tokenizer_path": str(tokenizer),
+        "revision": None,
+        "trust_remote_code": config["model"]["trust_remote_code"],
+        "max_length": longest,
+        "packing": False,
+        "task": config["task"]["name"],
+        "seed": config["seed"],
+        "cache_dir": rundir.cache_root() / "data",
     }
+    unlike = set(keep) ^ set(schema.keys_of(prepare))
+    if unlike:
+        raise UserError(f"{target}: made by another version of ftdist, with other keys of data ({min(unlike)})")
     try:
-        return prepare(
-            **keep,
-            tokenizer_path=str(tokenizer),
-            revision=None,
-            trust_remote_code=config["model"]["trust_remote_code"],
-            max_length=max(config["train"]["max_length"], min(LONGEST, _positions(config))),
-            packing=False,
-            task=config["task"]["name"],
-            seed=config["seed"],
-            cache_dir=rundir.cache_root() / "data",
-        )
+        return prepare(**keep)
     except UserError as failure:
         raise UserError(str(failure).replace("data.path=", f"{key}="))

@@ -15,20 +15,28 @@ from typing import Any
 
 import torch
 
-from ftdist.evaluate import scores
-from ftdist.evaluate.generate import stops
+from ftdist.evaluate import generate, scores
 from ftdist.trainer import AskedToStop
 
 
 class Examiner:
     """`count` held-out rows with a prompt, and how they are answered and scored."""
 
-    def __init__(self, prepared: Path, count: int, tokenizer: Any, seed: int, eval_keys: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        prepared: Path,
+        count: int,
+        tokenizer: Any,
+        positions: int | None,
+        seed: int,
+        eval_keys: dict[str, Any],
+    ) -> None:
         rows = [json.loads(line) for line in (prepared / "validation_rows.jsonl").open(encoding="utf-8")]
         rows = [row for row in rows if row["prompt"] and (row["reference"] or "").strip()]
         self.rows = random.Random(seed).sample(rows, count) if len(rows) > count else rows
         self.tokenizer, self.keys = tokenizer, eval_keys
-        self.prompts = [tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in self.rows]
+        prompts = [row["prompt"] for row in self.rows]
+        self.prompts, _ = generate.encoded(tokenizer, prompts, positions, eval_keys["max_new_tokens"])
 
     @torch.no_grad()
     def examine(
@@ -45,8 +53,14 @@ class Examiner:
                 raise AskedToStop
             # a rank without rows left answers the first one and throws it away: the others need its shards
             batch = mine[start : start + size] or [0]
-            for i, text in zip(batch, self._answers(model, batch, sharded and world > 1), strict=True):
-                found[i] = text
+            texts = generate.generated(
+                model,
+                self.tokenizer,
+                [self.prompts[i] for i in batch],
+                self.keys["max_new_tokens"],
+                synced_gpus=sharded and world > 1,
+            )
+            found |= dict(zip(batch, texts, strict=True))
         if world > 1:
             shares: list[Any] = [None] * world
             torch.distributed.all_gather_object(shares, {i: found[i] for i in mine})
@@ -56,23 +70,3 @@ class Examiner:
             answers, references, self.keys["metrics"], self.keys["answer_pattern"], self.keys["bleu_tokenize"]
         )
         return {name: metric.total for name, metric in metrics.items()}
-
-    def _answers(self, model: Any, batch: list[int], synced: bool) -> list[str]:
-        width = max(len(self.prompts[i]) for i in batch)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = torch.full((len(batch), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):
-            ids[row, width - len(self.prompts[i]) :] = torch.tensor(self.prompts[i])
-            mask[row, width - len(self.prompts[i]) :] = 1
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=self.keys["max_new_tokens"],
-            do_sample=False,
-            use_cache=True,
-            synced_gpus=synced,
-            eos_token_id=stops(model, self.tokenizer) or None,
-            pad_token_id=pad,
-        )
-        return list(self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True))

@@ -23,10 +23,12 @@ from pydantic import Field
 
 from ftdist import rundir
 from ftdist.errors import Failed, UserError
-from ftdist.evaluate.generate import progress
+from ftdist.evaluate.generate import positions_of, progress, stops
+from ftdist.spectrum import reader
 
 IN_A_ROW = 3  # answers that stayed away after all tries, one after another: the judge is down
-LONGEST_WAIT = 30.0  # seconds between two tries
+LONGEST_WAIT = 30.0  # seconds between two tries, unless the endpoint asks for more
+LONGEST_ASKED = 600.0  # seconds; an endpoint that asks for more is down for us
 STEPS_TOKENS = 512
 TOP = 20  # token probabilities asked for: the most that the API gives
 
@@ -100,7 +102,12 @@ def judge(
     of.ledger |= {"judge": judge, "model": model, "scale": scale, "scored": 0, "failed": 0, "steps": {}}
     for name, words in named.items():
         given = steps.get(name) if isinstance(steps, dict) else steps
-        written = given or of.write(_steps_prompt(words, scale)).strip()
+        try:
+            written = given or of.write(_steps_prompt(words, scale)).strip()
+        except Unreadable as failure:
+            raise Failed(f"eval.g_eval.criteria: {failure}; shorten them")
+        if not written:
+            raise Failed(f"eval.g_eval.judge={judge}: wrote no evaluation steps; give them with eval.g_eval.steps")
         of.ledger["steps"][name or "g_eval"] = written
         tasks = [
             _form(words, written, row, answers[side][i], scale, reference)
@@ -125,6 +132,7 @@ def judge(
 
 def _scored(of: Judge, prompts: list[str], scale: int, concurrency: int) -> list[float]:
     lock, state = threading.Lock(), {"done": 0, "in_a_row": 0}
+    distinct = list(dict.fromkeys(prompts))  # base and tuned may have answered alike
 
     def one(prompt: str) -> float:
         value, unreachable = math.nan, None
@@ -143,14 +151,15 @@ def _scored(of: Judge, prompts: list[str], scale: int, concurrency: int) -> list
             if unreachable:
                 of.ledger["failed"] += 1
                 of.ledger["unreachable"] = of.ledger.get("unreachable", 0) + 1
-                if state["in_a_row"] >= min(IN_A_ROW, len(prompts)):
+                if state["in_a_row"] >= min(IN_A_ROW, len(distinct)):
                     raise Failed(_down(of, unreachable))
-            progress(f"judged: {state['done']}/{len(prompts)}", state["done"] == len(prompts))
+            progress(f"judged: {state['done']}/{len(distinct)}", state["done"] == len(distinct))
         return value
 
     pool = ThreadPoolExecutor(concurrency)
     try:
-        return list(pool.map(one, prompts))
+        values = dict(zip(distinct, pool.map(one, distinct), strict=True))
+        return [values[prompt] for prompt in prompts]
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -160,6 +169,17 @@ def _down(of: Judge, reason: str) -> str:
         f"eval.g_eval.judge={of.ledger.get('judge')}: does not answer ({reason}); the other metrics are written; "
         "run it again: what was judged is remembered"
     )
+
+
+def _remembered(asked: Any) -> tuple[Path, Any]:
+    """Where the answer to `asked` is kept, and the answer: None if there is none yet."""
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    place = rundir.cache_root() / "judge" / f"{key}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return place, json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return place, None
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -207,6 +227,16 @@ def stated(text: str, scale: int) -> int | None:
     return int(fitting.pop()) if len(fitting) == 1 and len(set(numbers)) == 1 else None
 
 
+def _weighted(tokens: list[dict[str, Any]], scale: int) -> float | None:
+    """The expected score at the first token that is one; a judge may begin with a space or a quote."""
+    for token in tokens:
+        top = {t["token"]: math.exp(t["logprob"]) for t in token.get("top_logprobs") or [token]}
+        value = expected(top, scale) if expected({token["token"]: 1.0}, scale) is not None else None
+        if value is not None:
+            return value
+    return None
+
+
 # --- an OpenAI-compatible endpoint ----------------------------------------------------------------
 
 
@@ -228,8 +258,6 @@ class Endpoint:
         self.pause = 60.0 / requests_per_minute
         key = os.environ.get("OPENAI_API_KEY")
         self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
-        self.folder = rundir.cache_root() / "judge"
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.Lock()
         self.next = 0.0
         self.probabilities = True  # until the endpoint says that it has none
@@ -242,24 +270,20 @@ class Endpoint:
             choices = self._ask(prompt, {"temperature": 0, "max_tokens": STEPS_TOKENS})
         except Unreachable as failure:
             raise Failed(_down(self, str(failure)))
-        text = _content(choices[0])
-        if not text.strip():
-            raise Failed(f"eval.g_eval.judge={self.url}: wrote no evaluation steps; give them with eval.g_eval.steps")
-        return text
+        return _content(choices[0])
 
     def score(self, prompt: str, scale: int) -> float:
         if self.probabilities:
             extra = {"temperature": 0, "max_tokens": 8, "logprobs": True, "top_logprobs": TOP}
             choice = self._ask(prompt, extra)[0]
-            tokens = (choice.get("logprobs") or {}).get("content")
+            try:
+                tokens = (choice.get("logprobs") or {}).get("content")
+                found = _weighted(tokens, scale) if tokens else None
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+                raise Unreadable("its token probabilities are not those of the API")
+            if found is not None:
+                return found
             if tokens:
-                for token in tokens:  # the first that is a score; a judge may begin with a space or a quote
-                    top = {t["token"]: 0.0 for t in token.get("top_logprobs") or ()}
-                    for t in token.get("top_logprobs") or [token]:
-                        top[t["token"]] = math.exp(t["logprob"])
-                    value = expected(top, scale) if expected({token["token"]: 1.0}, scale) is not None else None
-                    if value is not None:
-                        return value
                 raise Unreadable(repr(_content(choice)[:80]))
             self.probabilities = False
         return self._by_sampling(prompt, scale)
@@ -282,33 +306,30 @@ class Endpoint:
     def _ask(self, prompt: str, extra: dict[str, Any]) -> list[dict[str, Any]]:
         """The choices of a completion, from memory if it was asked before."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **extra}
-        key = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
-        known = self.folder / f"{key}.json"
-        try:
-            choices: list[dict[str, Any]] = json.loads(known.read_text(encoding="utf-8"))
+        place, known = _remembered([self.url, body])
+        if known is not None:
             with self.lock:
                 self.ledger["remembered"] += 1
-            return choices
-        except (OSError, ValueError):
-            pass
+            return list(known)
         answer = self._post(body)
-        choices = answer["choices"]
+        choices: list[dict[str, Any]] = answer["choices"]
         usage = answer.get("usage") or {}
         with self.lock:
             self.ledger["tokens_in"] += usage.get("prompt_tokens") or 0
             self.ledger["tokens_out"] += usage.get("completion_tokens") or 0
-        rundir.write_json(known, choices)
+        rundir.write_json(place, choices)
         return choices
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         import httpx
 
-        reason = ""
-        for attempt in range(self.retries + 1):
+        reason, attempt = "", 0
+        while attempt <= self.retries:
             self._wait_for_a_turn()
             with self.lock:
                 self.ledger["requests"] += 1
                 self.ledger["retried"] += attempt > 0
+            attempt += 1
             wanted = 0.0
             try:
                 response = self.client.post(f"{self.url}/chat/completions", json=body)
@@ -326,14 +347,19 @@ class Endpoint:
                     reason = f"status {response.status_code}"
                     wanted = _retry_after(response.headers.get("retry-after"))
                 else:
-                    text = " ".join(response.text.split())[:160]
+                    text = " ".join(response.text.split())
                     if "logprob" in text and body.pop("logprobs", None) is not None:
                         body.pop("top_logprobs", None)  # an endpoint that refuses to tell probabilities
+                        attempt -= 1
                         continue
-                    raise Failed(f"eval.g_eval.judge={self.url}: refuses (status {response.status_code}: {text})")
-            if attempt < self.retries:
-                backoff = 0.5 * 2**attempt * random.uniform(0.5, 1.5)
-                time.sleep(min(max(backoff, wanted), LONGEST_WAIT))
+                    raise Failed(f"eval.g_eval.judge={self.url}: refuses (status {response.status_code}: {text[:160]})")
+            if attempt <= self.retries:
+                if wanted > LONGEST_ASKED:
+                    reason += f", and asks to wait for {wanted:.0f} s"
+                    break
+                with self.lock:  # nobody asks before that time
+                    self.next = max(self.next, time.monotonic() + wanted)
+                time.sleep(min(0.25 * 2**attempt * random.uniform(0.5, 1.5), LONGEST_WAIT))
         raise Unreachable(reason)
 
     def _wait_for_a_turn(self) -> None:
@@ -351,7 +377,7 @@ def _json(response: Any) -> dict[str, Any] | None:
         fine = all(isinstance(choice["message"], dict) for choice in answer["choices"]) and answer["choices"]
     except (ValueError, KeyError, TypeError):
         return None
-    return answer if fine else None
+    return answer if fine and isinstance(answer.get("usage") or {}, dict) else None
 
 
 def _content(choice: dict[str, Any]) -> str:
@@ -401,6 +427,9 @@ class Local:
             if len(text) == 1 and text in "123456789":
                 digits.setdefault(text, []).append(token)
         self.digits = digits
+        small = [file for kind in ("*.json", "*.jinja", "*.model") for file in sorted(directory.glob(kind))]
+        parts = [reader.content_key(reader.shards(directory), rank=0, world=1), *map(reader.digest, small)]
+        self.identity = hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def _encoded(self, prompt: str) -> Any:
         import torch
@@ -412,6 +441,9 @@ class Local:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = self.tokenizer(prompt)["input_ids"]
+        positions = positions_of(self.model)
+        if positions and len(ids) > positions:
+            raise Unreadable(f"{len(ids)} tokens to read, the judge takes {positions}")
         self.ledger["requests"] += 1
         self.ledger["tokens_in"] += len(ids)
         return torch.tensor([ids], device=self.model.device)
@@ -419,8 +451,10 @@ class Local:
     def write(self, prompt: str) -> str:
         import torch
 
-        from ftdist.evaluate.generate import stops
-
+        place, known = _remembered([self.identity, "write", prompt])
+        if known is not None:
+            self.ledger["remembered"] += 1
+            return str(known)
         ids = self._encoded(prompt)
         with torch.no_grad():
             output = self.model.generate(
@@ -432,11 +466,17 @@ class Local:
                 pad_token_id=self.tokenizer.pad_token_id,
             )[0, ids.shape[1] :]
         self.ledger["tokens_out"] += len(output)
-        return str(self.tokenizer.decode(output, skip_special_tokens=True))
+        text = str(self.tokenizer.decode(output, skip_special_tokens=True))
+        rundir.write_json(place, text)
+        return text
 
     def score(self, prompt: str, scale: int) -> float:
         import torch
 
+        place, known = _remembered([self.identity, "score", scale, prompt])
+        if known is not None:
+            self.ledger["remembered"] += 1
+            return float(known)
         with torch.no_grad():
             logits = self.model(input_ids=self._encoded(prompt), use_cache=False).logits[0, -1].double()
         p = logits.softmax(-1)
@@ -447,4 +487,5 @@ class Local:
         value = expected(by_score, scale)
         if value is None or math.isnan(value):
             raise Unreadable("no score token has any probability")
+        rundir.write_json(place, value)
         return value

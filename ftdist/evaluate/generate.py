@@ -10,22 +10,29 @@ from typing import Any
 
 import numpy as np
 
+from ftdist.errors import UserError
+
 LOGITS = 1 << 28  # elements of the largest logits that a batch may have (1 GiB in float32)
 
 
 def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str) -> tuple[np.ndarray, np.ndarray]:
-    """Summed negative log-likelihood of the supervised tokens of every prepared held-out row, and their number."""
+    """Summed negative log-likelihood of the supervised tokens of every held-out example, and their number.
+
+    A prepared row may hold several examples, one after the other.
+    """
     import datasets
     import torch
 
     from ftdist.loss import IGNORED
-    from ftdist.trainer import collate
+    from ftdist.trainer import collate, takes_positions
 
     rows = datasets.load_from_disk(str(prepared / "validation"))
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
+    first = np.cumsum([0, *(len(inside) for inside in rows["lengths"])])  # example of each row
+    sums, counts = np.zeros(first[-1]), np.zeros(first[-1])
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    with_positions = takes_positions(model)
     done = 0
     while done < len(order):
         room = LOGITS // (lengths[order[done]] * vocabulary)
@@ -34,24 +41,26 @@ def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str)
         batch = {key: value.to(model.device) for key, value in batch.items()}
         targets = batch["targets"]
         with torch.no_grad():
-            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+            positions = {"position_ids": batch["position_ids"]} if with_positions else {}
+            logits = model(input_ids=batch["input_ids"], use_cache=False, **positions).logits
             for row, i in enumerate(chosen):  # a row at a time: its logits in float32 are a copy
                 wanted = targets[row] != IGNORED
-                sums[i] = float(
-                    torch.nn.functional.cross_entropy(
-                        logits[row][wanted].float(), targets[row][wanted], reduction="sum"
-                    )
+                each = torch.nn.functional.cross_entropy(
+                    logits[row][wanted].float(), targets[row][wanted], reduction="none"
                 )
-                counts[i] = int(wanted.sum())
+                inside = rows[i]["lengths"]
+                owner = np.repeat(np.arange(len(inside)), inside)[wanted[: sum(inside)].cpu().numpy()]
+                own = slice(first[i], first[i + 1])
+                sums[own] = np.bincount(owner, each.double().cpu().numpy(), len(inside))
+                counts[own] = np.bincount(owner, minlength=len(inside))
         done += len(chosen)
         progress(f"loss of {which}: {done}/{len(rows)}", done == len(rows))
     return sums, counts
 
 
-def stops(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, the model's, and the one that the chat template ends a turn with."""
-    of_model = model.generation_config.eos_token_id
-    found = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+def turn_ends(tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the tokenizer's end token, and the special one that its template ends a turn with."""
+    found = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         mark = "ftdist"
         turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
@@ -59,10 +68,69 @@ def stops(model: Any, tokenizer: Any) -> list[int]:
             text = tokenizer.apply_chat_template(turns, tokenize=False)
         except Exception:  # a template may refuse whatever it likes; the other ends remain
             text = ""
-        after = tokenizer(text.rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"]
-        if text and after and after[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
-            found.append(after[0])
-    return sorted({token for token in found if token is not None})
+        after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"] if text else []
+        added = tokenizer.added_tokens_decoder  # some vocabularies add runs of spaces too
+        special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if str(token).strip())}
+        found |= set([token for token in after if token in special][:1])
+    return found - {None}
+
+
+def stops(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: those of the tokenizer and its template, and the model's."""
+    of_model = model.generation_config.eos_token_id
+    return sorted({*turn_ends(tokenizer), *(of_model if isinstance(of_model, list) else [of_model])} - {None})
+
+
+def encoded(
+    tokenizer: Any, prompts: list[str], positions: int | None, max_new_tokens: int
+) -> tuple[list[list[int]], int]:
+    """Token ids of rendered prompts, and how many had to lose their beginning to fit into `positions` (None: no limit).
+
+    UserError when the positions leave no room for a prompt.
+    """
+    if positions and positions <= max_new_tokens:
+        raise UserError(
+            f"eval.max_new_tokens={max_new_tokens}: the model has {positions} positions, prompts need some; give less"
+        )
+    room = positions - max_new_tokens if positions else sys.maxsize
+    whole = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    return [ids[-room:] for ids in whole], sum(len(ids) > room for ids in whole)
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions a model has; None where its configuration names no limit."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
+def generated(
+    model: Any, tokenizer: Any, batch: list[list[int]], max_new_tokens: int, synced_gpus: bool = False
+) -> list[str]:
+    """Greedy answers to one left-padded batch. synced_gpus: all ranks make the same number of passes."""
+    import torch
+
+    width = max(map(len, batch))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.full((len(batch), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(batch):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            synced_gpus=synced_gpus,
+            eos_token_id=stops(model, tokenizer) or None,
+            pad_token_id=pad,
+        )
+    return list(tokenizer.batch_decode(output[:, width:], skip_special_tokens=True))
 
 
 def answers(
@@ -70,38 +138,13 @@ def answers(
 ) -> tuple[list[str], int]:
     """Greedy answers to rendered prompts, and how many prompts had to lose their beginning to fit the model.
 
-    Left-padded batches of like length, the longest first: what does not fit into memory fails at once.
+    Batches of like length, the longest first: what does not fit into memory fails at once.
     """
-    import torch
-
-    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = max(1, positions - max_new_tokens) if positions else sys.maxsize
-    cut = sum(len(ids) > room for ids in encoded)
-    encoded = [ids[-room:] for ids in encoded]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ends = stops(model, tokenizer)
+    ids, cut = encoded(tokenizer, prompts, positions_of(model), max_new_tokens)
     found = [""] * len(prompts)
-    for done, batch in _batches(sorted(range(len(prompts)), key=lambda i: -len(encoded[i])), batch_size):
-        width = len(encoded[batch[0]])
-        ids = torch.full((len(batch), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):
-            ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
-            mask[row, width - len(encoded[i]) :] = 1
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=ends or None,
-                pad_token_id=pad,
-            )
-        for i, text in zip(batch, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True):
+    for done, batch in _batches(sorted(range(len(prompts)), key=lambda i: -len(ids[i])), batch_size):
+        texts = generated(model, tokenizer, [ids[i] for i in batch], max_new_tokens)
+        for i, text in zip(batch, texts, strict=True):
             found[i] = text
         progress(f"answers of {which}: {done}/{len(prompts)}", done == len(prompts))
     return found, cut

@@ -14,19 +14,26 @@ from ftdist.strategies import Base, find
 
 
 class Loader:
-    """Base and tuned model of a run. `base_dir`: where the base lies now; None: where it was in training."""
+    """Base and tuned model of a run. `base_dir`: where the base lies now."""
 
-    def __init__(self, run_dir: Path, config: dict[str, Any], plan: dict[str, Any], base_dir: Path | None) -> None:
+    def __init__(self, run_dir: Path, config: dict[str, Any], plan: dict[str, Any], base_dir: Path) -> None:
         keys = config["model"]
         self.run_dir, self.plan, self.keys = run_dir, plan, keys
         self.final = run_dir / "final"
-        self.base_dir = base_dir or bases.found(run_dir, keys["path"], "eval.base")
+        self.base_dir = base_dir
         shapes = model_shapes(
             str(self.base_dir), None, revision=keys["revision"], trust_remote_code=keys["trust_remote_code"]
         )
         strategy = find(config["strategy"]["name"])
         asked = Base(shapes.architecture.parameters, plan["precision"], "uint8", measured=True)
-        self.recipe = strategy(asked, **schema.pick(strategy, config["strategy"]))
+        values = schema.pick(strategy, config["strategy"])
+        moved = run_dir / "snr.json"
+        if values.get("scan") and not Path(values["scan"]).is_file() and moved.is_file():
+            values["scan"] = str(moved)  # the run lies elsewhere now
+        lost = set(schema.keys_of(strategy)) - set(values)
+        if lost:
+            raise UserError(f"{run_dir}: made by another version of ftdist, which knew no strategy.{min(lost)}")
+        self.recipe = strategy(asked, **values)
 
     def load(self, which: str, *, quantised: bool, dtype: str) -> tuple[Any, Any]:
         """`which` (base, tuned) and the tokenizer; computed in `dtype`, with the run's quantisation or without."""
@@ -88,23 +95,33 @@ class Loader:
 
 
 class Exported:
-    """A plain model or adapter directory, with `base` beside it where one is given."""
+    """A plain model or adapter directory, with `base` beside it; an adapter stands on it."""
 
     def __init__(self, directory: Path, base: str | None, trust_remote_code: bool, dtype: str) -> None:
-        self.directory, self.base, self.trust, self.dtype = directory, base, trust_remote_code, dtype
+        self.directory, self.trust, self.dtype = directory, trust_remote_code, dtype
+        adapter = directory / "adapter_config.json"
+        self.is_adapter = adapter.is_file()
+        if self.is_adapter and base is None:
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if base is None:
+            self.base = None
+        elif self.is_adapter and (directory / bases.FILE).is_file():
+            self.base = str(bases.found(directory, base, "eval.base"))
+        else:
+            try:
+                self.base = models.local_path(base, None)
+            except UserError as failure:
+                raise UserError(str(failure).replace("model.path=", "eval.base="))
 
     def load(self, which: str) -> tuple[Any, Any]:
         """`which` (base, tuned) and the tokenizer that the tuned model has."""
         import torch
 
-        path = str(self.directory) if which == "tuned" else self.base
+        on_base = which == "base" or self.is_adapter
+        path = self.base if on_base else str(self.directory)
         assert path is not None
-        adapter = Path(path, "adapter_config.json")
-        stack = [path]
-        if adapter.is_file():
-            stack.insert(0, json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
         model: Any = models.load(
-            path=stack[0],
+            path=path,
             revision=None,
             dtype=self.dtype,  # type: ignore[arg-type]
             attn_implementation="sdpa",
@@ -112,10 +129,10 @@ class Exported:
             quantization=None,
             loaded_dtype="auto",
         )
-        if len(stack) > 1:
+        if which == "tuned" and self.is_adapter:
             import peft
 
-            model = peft.PeftModel.from_pretrained(model, path)
+            model = peft.PeftModel.from_pretrained(model, str(self.directory))
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         model.config.use_cache = True
         return model, models.tokenizer(str(self.directory), None, self.trust)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ftdist import base as bases
 from ftdist import rundir
 from ftdist.errors import OK, USAGE, Failed, UserError
 from ftdist.evaluate import g_eval, generate, harness, overlap, scores, tables
@@ -28,25 +29,21 @@ def run(
 
     if plan is None:
         loader: Any = Exported(target, wanted["base"], config["model"]["trust_remote_code"], config["model"]["dtype"])
-        sides = ["base", "tuned"] if wanted["base"] else ["tuned"]
+        sides = ["base", "tuned"] if loader.base else ["tuned"]
     else:
-        base_dir = Path(wanted["base"]) if wanted["base"] else None
-        if base_dir is not None:
-            from ftdist.base import found as same_base
-
-            same_base(target, str(base_dir), "eval.base")
-        of_run = Loader(target, config, plan, base_dir)
-        loader = of_run
+        base_dir = bases.found(target, wanted["base"] or config["model"]["path"], "eval.base")
+        loader = Loader(target, config, plan, base_dir)
         sides = ["base", "tuned"]
     rows = [json.loads(line) for line in (prepared / "validation_rows.jsonl").open(encoding="utf-8")]
     asked = [row for row in rows if row["prompt"]]
     with_prompt = [row for row in asked if (row["reference"] or "").strip()]
+    without = len(asked) - len(with_prompt)
     if len(with_prompt) > wanted["samples"]:
         with_prompt = random.Random(config["seed"]).sample(with_prompt, wanted["samples"])
     prompts, references = [r["prompt"] for r in with_prompt], [r["reference"] for r in with_prompt]
     found: dict[str, dict[str, scores.Metric]] = {}
     answers: dict[str, list[str]] = {}
-    notes: dict[str, Any] = {"without_reference": len(asked) - len(with_prompt)}
+    notes: dict[str, Any] = {"without_reference": without, "held_out": len(rows), "with_prompt": len(asked)}
     shared = None
     for which in sides:
         if plan is None:
@@ -86,7 +83,7 @@ def run(
         _write(folder, with_prompt, found, answers, record, wanted["resamples"], config["seed"])
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     print(tables.table(metrics))
-    for line in tables.remarks(metrics, len(rows)):
+    for line in tables.remarks(metrics):
         print(line)
     for i in range(min(wanted["show"], len(with_prompt))):
         question = next((m["content"] for m in reversed(with_prompt[i]["messages"]) if m["role"] == "user"), "")

@@ -24,10 +24,11 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def remarks(metrics: dict[str, Any], held_out: int) -> list[str]:
+def remarks(metrics: dict[str, Any]) -> list[str]:
     """What has to be said beside the numbers."""
     tuned = metrics["tuned"]
-    lines = [f"{tuned['rows']} answers, loss over {held_out} held-out rows"]
+    over = f", loss over {metrics['held_out']} held-out rows" if "held_out" in metrics else ""
+    lines = [f"{tuned['rows']} answers{over}"]
     lines += [f"{name}: {signature}" for name, signature in metrics["signatures"].items()]
     shared = metrics["overlap"]
     if shared and shared["rows"]:
@@ -48,7 +49,7 @@ def remarks(metrics: dict[str, Any], held_out: int) -> list[str]:
     judge = metrics.get("g_eval_judge")
     if judge:
         lines.append(told(judge))
-    if not tuned["rows"]:
+    if metrics.get("with_prompt") == 0:
         lines.append("no held-out row has a prompt: no answers")
     return lines
 

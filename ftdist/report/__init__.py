@@ -15,7 +15,7 @@ def write(targets: list[Path], output: Path | None = None) -> Path:
     names = [directory.resolve() for directory in found]
     if len(set(names)) < len(names):
         raise UserError("report: a run is named twice; name each once")
-    runs = [gather.run(directory) for directory in found]
+    runs = [gather.run(directory, name) for directory, name in zip(found, _called(names), strict=True)]
     place = output or (found[0] if len(found) == 1 else _folder(targets)) / "report.html"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +40,15 @@ def _runs(target: Path) -> list[Path]:
             f"{target}: no run directory and no folder of runs (no config.yaml); runs are made by `ftdist train`"
         )
     return [file.parent for file in inside]
+
+
+def _called(directories: list[Path]) -> list[str]:
+    """The runs' names; members of several sweeps are called alike, so the folders above come to the name."""
+    for parts in range(1, max(len(directory.parts) for directory in directories) + 1):
+        names = [str(Path(*directory.parts[-parts:])) for directory in directories]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _folder(targets: list[Path]) -> Path:

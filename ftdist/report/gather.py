@@ -17,7 +17,7 @@ SAMPLES = 12  # answers shown
 class Run:
     """A run directory's files as plain data."""
 
-    directory: Path
+    name: str
     config: dict[str, Any]
     plan: dict[str, Any]
     environment: dict[str, Any]
@@ -34,19 +34,15 @@ class Run:
     finished: bool
     deltas: list[tuple[str, Any, Any]] = field(default_factory=list)  # key, default, value
 
-    @property
-    def name(self) -> str:
-        return self.directory.name
 
-
-def run(directory: Path) -> Run:
-    """Read `directory`. UserError if it is no run."""
+def run(directory: Path, name: str) -> Run:
+    """Read `directory`, which the page calls `name`. UserError if it is no run."""
     config = rundir.read_config(directory)
     rows = _lines(directory / "metrics.jsonl")
     picture = directory / "snr.png"
     samples = _lines(directory / "eval" / "samples.jsonl")
     return Run(
-        directory=directory,
+        name=name,
         config=config,
         plan=_json(directory / "plan.json"),
         environment=_json(directory / "env.json"),

@@ -8,11 +8,11 @@ import difflib
 import json
 import math
 import re
-import shlex
 from html import escape
 from importlib.resources import files
 from typing import Any
 
+from ftdist import rundir
 from ftdist.evaluate import tables
 from ftdist.report import gather
 from ftdist.report.gather import Run
@@ -20,6 +20,8 @@ from ftdist.report.plots import MARKS, SERIES
 
 DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#ff7b72", "#d29922", "#39c5cf", "#f778ba")
 LONG = 1500  # characters of an answer that are shown
+EVENTS = 60  # shown, the last ones
+DETAILS = ("grad_norm", "loss_by_rank")  # of events, which their text or the plots say
 STYLE = files(__package__) / "style.css"
 
 
@@ -115,7 +117,10 @@ def _words(run: Run) -> str:
             else f"Finished: {what}."
         )
     else:
+        last = run.events[-1] if run.events else {}
         why = f" Rank {run.errors[0].get('rank')} failed: {run.errors[0].get('message')}." if run.errors else ""
+        if last.get("event") == "failed":  # which names the first; the others only miss it
+            why = f" It failed: {last.get('reason')}."
         said.append(f"Not finished; so far {what}.{why}")
     held = [row["eval_loss"] for row in run.held_out if row.get("eval_loss") is not None]
     base, tuned = metrics.get("base", {}), metrics.get("tuned", {})
@@ -128,14 +133,15 @@ def _words(run: Run) -> str:
         said.append(f"Held-out loss at the end {held[-1]:.4g}.")
     for name in ("extracted_match", "exact_match", "g_eval", "rougeL"):
         d = metrics.get("difference", {}).get(name)
-        if d and base.get(name) is not None and tuned.get(name) is not None:
+        if d and d["difference"] is not None and base.get(name) is not None and tuned.get(name) is not None:
             sure = "no interval was computed"
             if d.get("low") is not None:
                 low, high = (tables.number(name, d[end]) for end in ("low", "high"))
                 sure = f"95 % interval of the difference {low} to {high}"
                 clear = d["low"] > 0 or d["high"] < 0
                 sure += "" if clear else ", so no difference is shown"
-            better = "better" if d["difference"] > 0 else "worse" if d["difference"] < 0 else "the same"
+            gain = d["difference"]
+            better = "better" if gain > 0 else "worse" if gain < 0 else "the same"
             said.append(
                 f"On {tuned['rows']} held-out prompts the tuned model is {better} by {name.replace('_', ' ')}: "
                 f"{tables.number(name, base[name])} → {tables.number(name, tuned[name])} ({sure})."
@@ -183,7 +189,7 @@ def _best(runs: list[Run]) -> str:
 def _evaluation(run: Run) -> str:
     metrics = run.metrics
     if "tuned" not in metrics:
-        return '<p class="soft">Not evaluated: <code>ftdist eval RUN eval.samples=200</code>.</p>'
+        return '<p class="soft">Not evaluated: <code>ftdist eval RUN</code>.</p>'
     sides = [side for side in ("base", "tuned") if side in metrics]
     rows = []
     for name in metrics["tuned"]:
@@ -205,7 +211,7 @@ def _evaluation(run: Run) -> str:
     head = ["", *sides]
     if "difference" in metrics:
         head += ["difference", "95 % interval", "wins / ties / losses"]
-    notes = "".join(f"<li>{escape(line)}</li>" for line in tables.remarks(metrics, run.data.get("validation", 0)))
+    notes = "".join(f"<li>{escape(line)}</li>" for line in tables.remarks(metrics))
     return _table(head, rows, numbers=True) + f'<ul class="soft">{notes}</ul>'
 
 
@@ -256,7 +262,7 @@ def _marked(base: str, tuned: str) -> tuple[str, str]:
 def _planned(run: Run) -> str:
     """What the plan said beside what was measured."""
     plan, measured = run.plan, run.plan.get("measured") or {}
-    seen = [row["tokens_per_second"] for row in run.steps[1:] if row.get("tokens_per_second")]
+    seen = [row["tokens_per_second"] for row in run.steps if row.get("tokens_per_second")]
     if seen:
         measured = {"tokens_per_second": sorted(seen)[len(seen) // 2], **measured}
     keys = [k for k in ("device_peak_bytes", "host_peak_bytes_per_node", "checkpoint_bytes", "tokens_per_second",
@@ -276,23 +282,31 @@ def _quantity(key: str, value: Any) -> str:
 
 def _events(run: Run) -> str:
     rows = []
-    for event in run.events:
-        when = datetime.datetime.fromtimestamp(event["time"], datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-        more = ", ".join(f"{k}: {_value(v)}" for k, v in event.items() if k not in ("time", "event", "step"))
-        rows.append([when, escape(str(event.get("event"))), escape(str(event.get("step", ""))), escape(more[:300])])
+    told = [event for event in run.events if event.get("event") != "checkpoint"]  # the plot and the last line have them
+    for event in told[-EVENTS:]:
+        facts = {key: value for key, value in event.items() if key not in ("time", "event", "step", *DETAILS)}
+        text = facts.pop("text", None) or facts.pop("reason", None)
+        more = [str(text)] if text else []
+        more += [f"{key.replace('_', ' ')} {_value(v)}" for key, v in facts.items() if v is not None]
+        step = "" if event.get("step") is None else str(event["step"])
+        words = escape(", ".join(more)[:300])
+        name = f'<span class="kind">{escape(str(event.get("event")))}</span>'
+        rows.append([_when(event["time"]), name, escape(step), words])
+    if len(told) > EVENTS:
+        rows.insert(0, ["", "", "", f"{len(told) - EVENTS} earlier ones: events.jsonl"])
     for error in run.errors:
-        rows.append(
-            [
-                "",
-                '<span class="bad">rank failed</span>',
-                "",
-                escape(f"rank {error.get('rank')}: {error.get('message')}"),
-            ]
-        )
+        message = escape(f"rank {error.get('rank')}: {error.get('message')}")
+        rows.append([_when(error.get("time")), '<span class="bad">rank failed</span>', "", message])
     kept = ", ".join(f"{c['name']} ({c['bytes'] / 2**20:,.1f} MiB)" for c in run.checkpoints)
-    return (_table(["UTC", "event", "step", ""], rows) if rows else "") + (
-        f'<p class="soft">Checkpoints kept: {escape(kept)}.</p>' if kept else ""
-    )
+    made = sum(event.get("event") == "checkpoint" for event in run.events)
+    said = f"{made} checkpoints were made. Kept: {escape(kept) or 'none'}."
+    return _table(["UTC", "event", "step", ""], rows) + (f'<p class="soft">{said}</p>' if made or kept else "")
+
+
+def _when(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _selection(run: Run) -> str:
@@ -357,13 +371,14 @@ def _export(run: Run) -> str:
 
 def _again(run: Run) -> str:
     environment = run.environment
-    command = shlex.join(["ftdist", *environment.get("command", ["", "train"])[1:]])
+    if not environment:
+        return '<p class="soft">env.json is not there: command and versions are not known.</p>'
     versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
     facts = (
         f"Python {environment.get('python')}; {versions}; {environment.get('platform')}; commit "
         f"{environment.get('commit') or 'not known'}; seed {run.config.get('seed')}."
     )
-    return f'<pre>{escape(command)}</pre><p class="soft">{escape(facts)}</p>'
+    return f'<pre>{escape(rundir.again(environment))}</pre><p class="soft">{escape(facts)}</p>'
 
 
 # --- several runs ---------------------------------------------------------------------------------

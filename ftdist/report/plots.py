@@ -83,7 +83,7 @@ def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, la
     for run_name, run in runs.items():
         rows = [row for row in (run.held_out if key == "eval_loss" else run.steps) if row.get(key) is not None]
         if key == "tokens_per_second":
-            rows = rows[1:] or rows  # the first has no time to divide by
+            rows = [row for row in rows if row[key] > 0]  # the first after a start has no time to divide by
         if rows:
             lines[run_name] = ([row["step"] for row in rows], [row[key] for row in rows])
     alone = len(runs) == 1
@@ -191,11 +191,15 @@ def _time_line(found: dict[str, Plot], run: Run) -> None:
     events = sorted(run.events, key=lambda event: event["time"])
     if not events:
         return
+    steps: list[int] = []
+    for event in events:  # a restart says no step of its own: it is where the run had come to
+        steps.append(event["step"] if isinstance(event.get("step"), int) else steps[-1] if steps else 0)
     begin = events[0]["time"]
     unit, name = (60, "minutes") if events[-1]["time"] - begin < 4 * 3600 else (3600, "hours")
 
     def draw(axes: Any, palette: Palette) -> None:
-        placed = [((e["time"] - begin) / unit, e.get("step") or 0, str(e.get("event"))) for e in events]
+        times = [(event["time"] - begin) / unit for event in events]
+        placed = list(zip(times, steps, (str(event.get("event")) for event in events), strict=True))
         axes.plot([x for x, _, _ in placed], [y for _, y, _ in placed], color=palette.grid, linewidth=1.2, zorder=1)
         for kind in dict.fromkeys(kind for _, _, kind in placed):
             mark, colour = MARKS.get(kind, FAULT)
@@ -207,7 +211,7 @@ def _time_line(found: dict[str, Plot], run: Run) -> None:
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=7, labelcolor=palette.ink)
 
-    words = ", ".join(f"{e.get('event')} at step {e.get('step')}" for e in events[:40])
+    words = ", ".join(f"{e.get('event')} at step {step}" for e, step in list(zip(events, steps, strict=True))[:40])
     found["time_line"] = Plot("starts, checkpoints, faults", f"time line: {words}", draw)
 
 

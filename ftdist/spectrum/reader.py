@@ -163,7 +163,9 @@ def _header(file: Path) -> dict[str, Stored]:
 def _bin_header(file: Path) -> dict[str, Stored]:
     import torch
 
-    codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+             torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+             torch.bool: "BOOL"}  # fmt: skip
     return {
         name: Stored(name, tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)), file, None)
         for name, tensor in _bin(file, file.stat().st_mtime_ns).items()

@@ -53,7 +53,15 @@ def make(folder, layers):
     config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
                          num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True)  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    some = torch.randn(1 << 24).mul_(0.02).bfloat16()  # drawn once: a billion random numbers take minutes
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        for start in range(0, len(flat), len(some)):
+            flat[start : start + len(some)] = some[: len(flat) - start]
     model.save_pretrained(folder / "base")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     for name, parameter in adapted.named_parameters():

@@ -160,6 +160,47 @@ def test_what_may_pass_is_tried_again_and_what_may_not_is_said(serve):
         g_eval.judge(ROWS, ANSWERS, judge="http://127.0.0.1:9/v1", **SETTINGS)
 
 
+def test_answers_that_are_alike_are_judged_once(serve):
+    url, handler = serve(known)
+    same = {"base": ["good"] * 3, "tuned": ["good"] * 3}
+    found, ledger = g_eval.judge(ROWS, same, judge=url, **SETTINGS | {"concurrency": 8})
+    assert found["base"] == found["tuned"] and ledger["scored"] == 3
+    assert handler.count == 4  # the steps, and a form for each row
+
+
+def test_an_endpoint_that_refuses_or_garbles_probabilities(serve):
+    def refuses(body, count):
+        if asks_for_steps(body):
+            return 200, [text("steps")]
+        return (400, b"x" * 300 + b" logprobs are not supported") if "logprobs" in body else (200, [text("3")])
+
+    url, _ = serve(refuses)
+    found, ledger = g_eval.judge(ROWS, ANSWERS, judge=url, **SETTINGS | {"retries": 0, "concurrency": 1})
+    assert found["base"]["g_eval"] == [3.0] * 3 and ledger["failed"] == 0
+    for garbled in ([1, 2], {"content": [{"token": "3"}]}, {"content": [{"token": "3", "logprob": None}]}, "none"):
+        answer = [text("3") | {"logprobs": garbled}]
+        url, _ = serve(lambda body, count, answer=answer: (200, [text("x")] if asks_for_steps(body) else answer))
+        with pytest.raises(Failed, match="no answer of .* holds a score .*not those of the API"):
+            g_eval.judge(ROWS, ANSWERS, judge=url, **SETTINGS)
+
+
+def test_nobody_asks_before_the_time_that_the_endpoint_names(serve, monkeypatch):
+    slept = []
+    monkeypatch.setattr(g_eval.time, "sleep", slept.append)
+    url, handler = serve(lambda body, count: (429, b"") if count == 1 else known(body, count))
+    handler.end_headers = lambda self: (self.send_header("Retry-After", "90"), BaseHTTPRequestHandler.end_headers(self))
+    _, ledger = g_eval.judge(ROWS, ANSWERS, judge=url, **SETTINGS | {"concurrency": 1})
+    assert ledger["scored"] == 6 and ledger["retried"] == 1
+    assert 80 < max(slept) <= 90
+    url, handler = serve(lambda body, count: (429, b""))
+    handler.end_headers = lambda self: (
+        self.send_header("Retry-After", "9000"),
+        BaseHTTPRequestHandler.end_headers(self),
+    )
+    with pytest.raises(Failed, match="does not answer .status 429, and asks to wait for 9000 s"):
+        g_eval.judge(ROWS, ANSWERS, judge=url, **SETTINGS)
+
+
 def test_a_judge_that_goes_down_loses_nothing(serve):
     down = threading.Event()
 
@@ -186,10 +227,11 @@ def test_scores_in_words():
     assert g_eval.expected({"a": 1.0}, 5) is None
 
 
-def test_a_local_model_judges_with_its_whole_distribution(model, tmp_path):
+def test_a_local_model_judges_with_its_whole_distribution(model, tmp_path, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    monkeypatch.setenv("FTDIST_CACHE", str(tmp_path / "cache"))
     settings = SETTINGS | {"model": None, "steps": "look"}
     found, ledger = g_eval.judge(ROWS, ANSWERS, judge=str(model), **settings)
     assert ledger["scored"] == 6
@@ -206,5 +248,10 @@ def test_a_local_model_judges_with_its_whole_distribution(model, tmp_path):
     ]
     expected = sum(s * w for s, w in enumerate(weights, 1)) / sum(weights)
     assert found["tuned"]["g_eval"][0] == pytest.approx(expected, rel=1e-4)
+    again, ledger = g_eval.judge(ROWS, ANSWERS, judge=str(model), **settings)
+    assert again == found and (ledger["requests"], ledger["remembered"]) == (0, 6)
+    long = ANSWERS | {"tuned": ["word " * 3000, "good 1", ""]}
+    found, ledger = g_eval.judge(ROWS, long, judge=str(model), **settings)
+    assert math.isnan(found["tuned"]["g_eval"][0]) and ledger["failed"] == 1 and "takes 2048" in ledger["example"]
     with pytest.raises(UserError, match="no URL and no model directory"):
         g_eval.judge(ROWS, ANSWERS, judge="nobody", **settings)

@@ -11,6 +11,8 @@ import plugin
 import psutil
 import pytest
 
+from ftdist import report
+
 # --- refused in one line, nothing made ----------------------------------------------------------------------------
 
 
@@ -289,3 +291,6 @@ def test_a_rank_that_fails_stops_the_others(start, small, tmp_path, how):
     assert "run: " not in stdout
     assert gone(processes)
     assert not (tmp_path / "run" / "final").exists()
+    report.write([tmp_path / "run"])
+    reason = lines[0].removeprefix("ftdist: ").partition(" (log")[0].partition(" (out")[0]
+    assert f"It failed: {reason}" in (tmp_path / "run" / "report.html").read_text()

@@ -42,11 +42,14 @@ def test_base_and_tuned_side_by_side(evaluated, cell):
     loss = metrics["difference"]["loss"]
     assert loss["difference"] == pytest.approx(metrics["tuned"]["loss"] - metrics["base"]["loss"])
     assert loss["low"] <= loss["difference"] <= loss["high"] < 0 and loss["wins"] > loss["losses"]
+    assert loss["wins"] + loss["ties"] + loss["losses"] == metrics["held_out"]  # examples, several in a packed row
     assert metrics["signatures"]["bleu"].startswith("nrefs:1|case:mixed")
     for row in samples:
         assert row["prompt"].rstrip().endswith("assistant") or row["prompt"]
         assert row["scores"]["tuned"]["rougeL"] <= 1 and row["messages"][-1]["role"] == "user"
     assert "95 % interval" in stdout and "wins/ties/losses" in stdout
+    assert metrics["without_reference"] == 0 and metrics["held_out"] >= 12
+    assert "no reference" not in stdout and f"loss over {metrics['held_out']} held-out rows" in stdout
     assert metrics["overlap"] is None  # the data step has taken shared text out already
 
 
@@ -82,7 +85,7 @@ def test_an_exported_model_on_other_data_with_an_overlap(evaluated, run, chat, m
     assert metrics["tuned"]["loss"] < metrics["base"]["loss"]
     copy = tmp_path / "run"
     shutil.copytree(directory, copy)
-    finished = run("eval", copy, f"eval.data={chat}", "eval.samples=200", "eval.max_new_tokens=1", "eval.show=0")
+    finished = run("eval", copy, f"eval.data={chat}", "eval.max_new_tokens=1", "eval.show=0")
     assert "WARNING: " in finished.stdout and "overlap with the training data" in finished.stdout
     metrics, samples = results(copy)
     assert metrics["tuned"]["loss"] == pytest.approx(results(exported)[0]["tuned"]["loss"], rel=1e-4)

@@ -24,8 +24,16 @@ def test_every_strategy_and_engine_exports_what_was_trained(cell, tmp_path, monk
     from ftdist.export import RECORD, export
 
     monkeypatch.setenv("FTDIST_CACHE", str(shared / "cache"))
-    settings = yaml.safe_load((cell(strategy, engine).run_dir / "config.yaml").read_text())["export"]
-    out = export(cell(strategy, engine).run_dir, **settings | {"output": str(tmp_path / "out")})
+    run_dir = cell(strategy, engine).run_dir
+    if strategy in ("full", "spectrum"):  # which need neither their base any more nor the place where they were trained
+        run_dir = shutil.copytree(run_dir, tmp_path / "moved")
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+        config["model"]["path"] = "/models/that/was"
+        if strategy == "spectrum":
+            config["strategy"]["scan"] = "/runs/that/was/snr.json"
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())["export"]
+    out = export(run_dir, **settings | {"output": str(tmp_path / "out")})
     record = json.loads((out / RECORD).read_text())
     parity = record["parity"]
     assert parity["engine_to_saved"]["max_difference"] < 1e-3  # the training engine's own logits
@@ -40,7 +48,7 @@ def test_every_strategy_and_engine_exports_what_was_trained(cell, tmp_path, monk
         assert parity["quantised_to_exported"]["kl_mean"] > 0
     assert parity["answer"]["tokens"] > 0
     card = (out / "README.md").read_text()
-    for part in ("base_model:", "license: other", "## Data", "## Recipe", "## Metrics", strategy):
+    for part in ("base_model_relation:", "## Base", "license: other", "## Data", "## Recipe", "## Metrics", strategy):
         assert part in card
 
 
@@ -56,6 +64,50 @@ def test_dtype_shards_and_adapter_alone(run, cell, tmp_path):
     assert again == out and record["kind"] == "adapter"
     assert (out / "adapter_config.json").is_file() and not (out / "model.safetensors.index.json").exists()
     assert record["parity"]["trained_to_exported"]["max_difference"] < 1e-4
+
+
+def test_an_adapter_alone_is_evaluated_on_its_base_wherever_that_lies(cell, model, tmp_path, monkeypatch, shared):
+    from ftdist.errors import UserError
+    from ftdist.evaluate.load import Exported
+    from ftdist.export import _copy_adapter
+
+    monkeypatch.setenv("FTDIST_CACHE", str(shared / "cache"))
+    final = cell("lora", "ddp").run_dir / "final"
+    (tmp_path / "out").mkdir()
+    _copy_adapter(final, tmp_path / "out", model)
+    assert Exported(tmp_path / "out", None, False, "auto").base == str(model)
+    shutil.copytree(model, tmp_path / "here")
+    found = Exported(tmp_path / "out", str(tmp_path / "here"), False, "auto")
+    assert found.base == str(tmp_path / "here") and found.is_adapter
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (tmp_path / "here" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"has changed.*eval\.base=DIR"):
+        Exported(tmp_path / "out", str(tmp_path / "here"), False, "auto")
+
+
+@pytest.mark.parametrize("written", [{"eos_token_id": 2, "temperature": 0.6}, None])
+def test_what_was_exported_stops_at_the_end_of_a_turn(model, tmp_path, written):
+    """A base whose end token is not what its chat template ends a turn with, as Qwen's."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from ftdist.data.template import CHATML
+    from ftdist.export import _tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "final")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text('{"eos_token_id": 2, "model_type": "llama"}')
+    if written:
+        (tmp_path / "out" / "generation_config.json").write_text(json.dumps(written))
+    _tokenizer(tmp_path / "final", tmp_path / "out", False)
+    turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert turn != tokenizer.eos_token_id
+    found = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert set(found.eos_token_id) == {2, tokenizer.eos_token_id, turn}
+    assert found.temperature == (0.6 if written else None)
 
 
 def test_a_merge_that_is_wrong_is_refused(run, cell, tmp_path):
@@ -93,6 +145,17 @@ def test_bad_input_is_answered_in_one_line(run, cell, model, tmp_path):
     shutil.copytree(source, plan)
     (plan / "plan.json").write_text("{}")
     run("export", plan).refused("made by ftdist", "plan.json")
+
+
+def test_a_card_names_a_base_that_a_hub_knows():
+    """A path of this machine in `base_model` would have the upload refused."""
+    from pathlib import Path
+
+    from ftdist.card import hub_id
+
+    place = Path("/c/hub/models--Qwen--Qwen2.5-0.5B--new/snapshots/0ab1")
+    assert hub_id(place) == {"base_model": "Qwen/Qwen2.5-0.5B--new"}
+    assert hub_id(Path("/models/Qwen2.5-0.5B")) == {}
 
 
 def test_gguf_by_the_converter_that_is_there(run, cell, tmp_path):
@@ -209,3 +272,22 @@ def test_files_are_what_safetensors_reads(tmp_path):
         with safe_open(tmp_path / "out" / file, "pt") as shard:
             assert torch.equal(shard.get_tensor(name), given[name])
         assert struct.unpack("<Q", (tmp_path / "out" / file).read_bytes()[:8])[0] % 8 == 0
+
+
+def test_an_old_file_of_pickled_weights(tmp_path):
+    """`.bin`, with what is no float among the weights: buffers of positions and of masks."""
+    from safetensors.torch import load_file
+
+    from ftdist import merge
+    from ftdist.spectrum import reader
+
+    (tmp_path / "out").mkdir()
+    given = {"a.weight": torch.randn(4, 5).T, "b.weight": torch.randn(7, 2).bfloat16(), "c.bias": torch.tensor(1.5),
+             "d.position": torch.arange(9)[None], "d.mask": torch.tensor([True, False])}  # fmt: skip
+    torch.save(given, tmp_path / "pytorch_model.bin")
+    for dtype in ("auto", "bfloat16"):
+        merge.write_model(reader.tensors(tmp_path), tmp_path / "out", None, dtype, 10**9)
+        found = load_file(tmp_path / "out" / "model.safetensors")
+        for name, tensor in given.items():
+            wanted = tensor.bfloat16() if dtype == "bfloat16" and tensor.is_floating_point() else tensor
+            assert torch.equal(found[name], wanted), name

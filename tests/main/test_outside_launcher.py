@@ -39,6 +39,8 @@ def test_the_same_run(execute, small, cell, tmp_path, engine, command):
         file.name for file in (ours.run_dir / "final").iterdir()
     )
     assert {file.name for file in (run_dir / "logs").iterdir()} >= {"rank-0.log", "rank-1.log"}
+    again = "accelerate launch --config_file accelerate.yaml -m ftdist.train"
+    assert again in (run_dir / "README.md").read_text()  # not `ftdist strategy=full …`, which is no command
 
 
 @pytest.mark.parametrize(

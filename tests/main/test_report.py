@@ -13,6 +13,7 @@ EVENTS = [
     {"time": 1.7e9, "event": "start", "step": 0},
     {"time": 1.7e9 + 60, "event": "checkpoint", "step": 2, "bytes": 1000},
     {"time": 1.7e9 + 70, "event": "health-spike", "step": 3, "text": "loss jumped"},
+    {"time": 1.7e9 + 90, "event": "restart", "step": None, "reason": "rank 1: killed by signal 9"},
     {"time": 1.7e9 + 99, "event": "resume", "step": 2, "checkpoint": "step-2"},
     {"time": 1.7e9 + 200, "event": "finished", "step": 6},
 ]
@@ -34,7 +35,7 @@ def rich(cell, tmp_path_factory):
             "exact_match": {"difference": 0.7, "low": 0.5, "high": 0.8, "wins": 7, "ties": 2, "losses": 1},
             "loss": {"difference": -1.0, "low": -1.2, "high": -0.7, "wins": 9, "ties": 0, "losses": 1},
         },
-        "signatures": {}, "settings": {"data": None}, "overlap": {"rows": [1], "of": 2},
+        "signatures": {}, "settings": {"data": None}, "overlap": {"rows": [1], "of": 2}, "held_out": 31,
     }  # fmt: skip
     (directory / "eval" / "metrics.json").write_text(json.dumps(metrics))
     sample = {"prompt": "p", "reference": "yes", "base": "the old answer", "tuned": "the new answer",
@@ -58,6 +59,7 @@ def page(run, rich):
 def test_the_page_tells_what_the_run_knows(page):
     text = page.read_text()
     for part in ("Finished: 6 steps", "20.0% → 90.0%", "2 / 1</td>", "WARNING: 1 of 2 evaluation rows", "health-spike",
+                 "restart at step 3, resume at step 2", "killed by signal 9", "loss over 31 held-out rows",
                  "train.learning_rate", "3.00 GiB", "2.00 GiB", "Again", "ftdist train", "in the training data",
                  "<del>old</del>", "<ins>new</ins>", "data:image/png;base64", "&lt;script&gt;"):  # fmt: skip
         assert part in text, part
@@ -138,8 +140,38 @@ def test_an_unfinished_run_and_bad_input(run, cell, tmp_path):
     run("report").refused("report: which run?")
     run("report", "/no/run").refused("/no/run", "no such directory")
     run("report", begun, begun).refused("named twice")
+    for name in ("plan.json", "env.json", "data_report.json", "base.json"):
+        (begun / name).unlink()
+    assert run("report", begun).status == 0
+    assert "env.json is not there" in (begun / "report.html").read_text()
     (begun / "plan.json").write_text("{")
     run("report", begun).refused("plan.json", "cannot be read")
     empty = tmp_path / "empty"
     empty.mkdir()
     run("report", empty).refused(str(empty), "no run directory")
+    (empty / "config.yaml").write_text("a: [")
+    run("report", empty).refused("config.yaml", "cannot be read")
+
+
+def test_members_of_two_sweeps_keep_their_names_apart(cell, tmp_path):
+    from ftdist.report import write
+
+    for sweep in ("a", "b"):
+        shutil.copytree(cell("full", "ddp").run_dir, tmp_path / sweep / "0")
+    text = write([tmp_path / "a", tmp_path / "b"], tmp_path / "both.html").read_text()
+    assert "<b>a/0</b>" in text and "<b>b/0</b>" in text
+    assert "a/0 from" in text and "b/0 from" in text  # two curves
+
+
+def test_a_difference_without_a_value_is_no_verdict(page, monkeypatch):
+    """Base and tuned were judged on other rows: nothing can be compared."""
+    import dataclasses
+
+    from ftdist.report import gather
+    from ftdist.report import page as pages
+
+    found = gather.run(page.parent, "run")
+    none = {"difference": None, "low": None, "high": None, "wins": 0, "ties": 0, "losses": 0}
+    metrics = found.metrics | {"difference": dict.fromkeys(found.metrics["difference"], none)}
+    text = pages.of_run(dataclasses.replace(found, metrics=metrics), {})
+    assert "the tuned model is" not in text and "20.0%" in text
