@@ -206,7 +206,7 @@ def refuse_what_cannot_fit(plan: Plan, must_fit: bool) -> None:
     print(f"warning: the run does not fit: {words}{fix}", flush=True)
 
 
-def refuse_without_disk(plan: Plan, free: int, must_fit: bool) -> None:
+def refuse_without_disk(plan: Plan, run_dir: str, free: int, must_fit: bool) -> None:
     """UserError if the disk cannot hold the final model with one checkpoint; a warning if not all that are kept.
 
     free: bytes, where the run directory will be.
@@ -221,11 +221,11 @@ def refuse_without_disk(plan: Plan, free: int, must_fit: bool) -> None:
         f"{_gb(most)} while another is written beside those that are kept"
     )
     fewer = free >= least and disk["checkpoints"] > one
-    fix = "; use run_dir on another disk" + (", or checkpoint.keep_last=1" if fewer else "")
+    fix = "; choose another, on a larger disk" + (", or checkpoint.keep_last=1" if fewer else "")
     if free >= least or not must_fit:
         print(f"warning: the disk: {text}{fix}", flush=True)
         return
-    raise UserError(f"the disk is too small: {text}{fix} (must_fit=false starts it all the same)")
+    raise UserError(f"run_dir={run_dir}: the disk is too small: {text}{fix} (must_fit=false starts it all the same)")
 
 
 def _gb(size: int) -> str:

@@ -287,7 +287,7 @@ def ready(config: dict[str, Any]) -> None:
     made = dict(plan(config))
     forecast.refuse_what_cannot_fit(made, config["must_fit"])
     place = next(folder for folder in Path(config["run_dir"]).absolute().parents if folder.is_dir())
-    forecast.refuse_without_disk(made, shutil.disk_usage(place).free, config["must_fit"])
+    forecast.refuse_without_disk(made, config["run_dir"], shutil.disk_usage(place).free, config["must_fit"])
 
 
 def run(config: dict[str, Any], run_dir: Path) -> None:
