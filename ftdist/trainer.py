@@ -96,7 +96,7 @@ class TokenTrainer(Trainer):
         """This rank's micro-batches; the sampler alone decides which rows they hold."""
         args = self.args
         sampler = StepSampler(
-            len(self.train_dataset),  # type: ignore[arg-type]
+            len(self.train_dataset),  # type: ignore[arg-type]  # always a mapped one, which has a length
             micro_batch=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             rank=self.accelerator.process_index,
@@ -106,7 +106,7 @@ class TokenTrainer(Trainer):
         )
         self.steps_per_epoch = sampler.steps
         return EpochLoader(
-            Rows(self.train_dataset),  # type: ignore[arg-type]
+            Rows(self.train_dataset),  # type: ignore[arg-type]  # the same
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,

@@ -57,7 +57,7 @@ class Loader:
             import peft
 
             try:
-                model = peft.PeftModel.from_pretrained(model, str(self.final))  # type: ignore[assignment]
+                model = peft.PeftModel.from_pretrained(model, str(self.final))  # type: ignore[assignment]  # wraps it
             except (RuntimeError, ValueError, OSError) as failure:
                 reason = str(failure).strip().splitlines()[0]
                 raise UserError(f"{self.final}: its adapter does not fit {self.base_dir} ({reason})")

@@ -82,7 +82,7 @@ def of_answers(
 def extracted(text: str, pattern: str) -> str | None:
     """What the last match of `pattern` holds (its first group if it has one); None without a match."""
     last = None
-    for last in re.finditer(pattern, text):  # noqa: B007
+    for last in re.finditer(pattern, text):  # noqa: B007  (the last match is used below)
         pass
     if last is None:
         return None
