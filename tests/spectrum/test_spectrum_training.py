@@ -168,10 +168,20 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state(model, tmp_path)
     import datasets
     from trl import SFTConfig
 
-    from ftdist import models
+    from ftdist import lease, models, stops
+    from ftdist.health import Health
+    from ftdist.keeper import Keeper
+    from ftdist.ranks import Ranks
     from ftdist.strategies import Recipe
     from ftdist.trainer import TokenTrainer, collate
 
+    quiet = Keeper(
+        tmp_path, Ranks(), lease.take(tmp_path).token, {}, stops.Limit(None), lambda step: None,
+        every_steps=None, every_minutes=None, keep_last=1, keep_best=0, keep_every=None, background=False, max_failed_saves=0,
+    )  # fmt: skip
+    warns = Health(
+        tmp_path, True, nonfinite="warn", spike="warn", spike_factor=10.0, no_tokens="warn", first_loss="warn"
+    )
     wanted = frozenset({"model.layers.1.mlp.up_proj.weight", "lm_head.weight"})
     loaded = models.load(
         path=str(model),
@@ -193,6 +203,8 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state(model, tmp_path)
         packing=True,
         loss_type="nll",
         trainable=models.trainable_elements(loaded),
+        keeper=quiet,
+        health=warns,
         train_dataset=datasets.Dataset.from_list(rows),
         data_collator=lambda batch: collate(batch, 0),
     )  # fmt: skip
