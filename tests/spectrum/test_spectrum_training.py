@@ -177,7 +177,8 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state(model, tmp_path)
 
     quiet = Keeper(
         tmp_path, Ranks(), lease.take(tmp_path).token, {}, stops.Limit(None), lambda step: None,
-        every_steps=None, every_minutes=None, keep_last=1, keep_best=0, keep_every=None, background=False, max_failed_saves=0,
+        every_steps=None, every_minutes=None, keep_last=1, keep_best=0, keep_every=None,
+        background=False, max_failed_saves=0,
     )  # fmt: skip
     warns = Health(
         tmp_path, True, nonfinite="warn", spike="warn", spike_factor=10.0, no_tokens="warn", first_loss="warn"
