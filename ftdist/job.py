@@ -326,13 +326,13 @@ def launch(run_dir: Path, token: int) -> None:
             else:
                 asked, stuck = (run_dir / stops.REQUEST).exists(), _progress(run_dir) == before
                 if failure.status == FAILED and (stuck or asked or restarts >= keys["max_restarts"]):
-                    rundir.record(run_dir, "failed", None, reason=str(failure))
+                    rundir.record(run_dir, token, "failed", None, reason=str(failure))
                 if failure.status != FAILED or asked or restarts >= keys["max_restarts"]:
                     raise
                 if stuck:
                     raise Failed(f"{failure}; not started again: no checkpoint since the last start", FENCED)
                 restarts += 1
-            rundir.record(run_dir, "restart", None, reason=str(failure))
+            rundir.record(run_dir, token, "restart", None, reason=str(failure))
             print(f"{failure}\nstarting again", flush=True)
     finish(run_dir)
 

@@ -26,10 +26,11 @@ from ftdist.state import State, copied, random_state, set_random_state, write
 STATE_FILE = "trainer_state.json"  # transformers' own name and format, without its log
 BEGUN = ".begun"  # beside the checkpoints: they can be lost, but not unnoticed
 ROOM = 1.2  # free host memory wanted for a copy, as a multiple of its bytes
+DISK = 250e6  # bytes per second that a first save is thought to be written with, until one was measured
 END = 60.0  # seconds of training that are worth a checkpoint before the model is written
 
 
-def choose(run_dir: Path, ranks: Ranks, run_id: str) -> tuple[Path, dict[str, Any]] | None:
+def choose(run_dir: Path, ranks: Ranks, token: int, run_id: str) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, with its manifest; None for a run that has not begun to train.
 
     The ranks share the reading. What does not verify is set aside, and said. Failed when nothing is left: a run that
@@ -57,8 +58,9 @@ def choose(run_dir: Path, ranks: Ranks, run_id: str) -> tuple[Path, dict[str, An
         if not reason:
             return path, manifest
         if ranks.rank == 0:
-            aside = checkpoint.set_aside(run_dir, step)
-            record(run_dir, "set-aside", step, reason=reason, moved_to=str(aside.relative_to(run_dir)))
+            with lease.guarded(run_dir, token):
+                aside = checkpoint.set_aside(run_dir, step)
+            record(run_dir, token, "set-aside", step, reason=reason, moved_to=str(aside.relative_to(run_dir)))
             print(f"checkpoint of step {step} is broken ({reason}); set aside in {aside}", flush=True)
         ranks.gather(None)
     raise Failed(
@@ -96,6 +98,7 @@ class Keeper(TrainerCallback):
         ranks: Ranks,
         token: int,
         facts: Mapping[str, Any],
+        state_bytes: int,
         limit: stops.Limit,
         progress: Callable[[int], None],
         *,
@@ -107,7 +110,9 @@ class Keeper(TrainerCallback):
         background: bool,
         max_failed_saves: int,
     ) -> None:
-        """facts: what every manifest says of the run; progress: told whenever the ranks have agreed on something."""
+        """facts: what every manifest says of the run; state_bytes: about how many a checkpoint takes, over all ranks;
+        progress: told whenever the ranks have agreed on something.
+        """
         self.run_dir, self.ranks, self.token, self.facts, self.limit = run_dir, ranks, token, dict(facts), limit
         self.progress = progress
         self.every_steps, self.every_minutes = every_steps, every_minutes
@@ -125,7 +130,8 @@ class Keeper(TrainerCallback):
         self.committed: int | None = None
         self.draft: _Draft | None = None
         self.saved_at = time.monotonic()
-        self.save_seconds = 0.0  # of the longest pause for a save until now
+        self.save_seconds = 0.0  # of the longest save until now, from its beginning to its commit
+        self.first_save = state_bytes / DISK
         self.pause = 0.0  # of the last one
         self.step_seconds = 0.0
         self.step_began = time.monotonic()
@@ -269,7 +275,7 @@ class Keeper(TrainerCallback):
         if not self.main:
             return None
         finished = step >= self.trainer.state.max_steps  # no step is left that a limit could forbid
-        reserve = self.step_seconds + self.save_seconds
+        reserve = self.step_seconds + (self.save_seconds or self.first_save)
         return stops.requested(self.run_dir) or (None if finished else self.limit.reached(step, reserve))
 
     # Saving
@@ -305,7 +311,6 @@ class Keeper(TrainerCallback):
                 self._finish()
                 self.pause = time.monotonic() - began
         self.saved_at = time.monotonic()
-        self.save_seconds = max(self.save_seconds, self.saved_at - began)
         if self.stopping and self.committed != step:
             raise Failed(
                 f"stopped ({self.stopping}) and could not save step {step}; "
@@ -375,9 +380,10 @@ class Keeper(TrainerCallback):
             self._failed(step, problem)
             return
         self.committed, self.failed_saves = step, 0
+        self.save_seconds = max(self.save_seconds, time.monotonic() - draft.began)
         if self.main:
             size = sum(entry["bytes"] for part, _ in results for entry in part.values())
-            record(self.run_dir, "checkpoint", step, bytes=size, pause=self.pause, write=draft.seconds)
+            record(self.run_dir, self.token, "checkpoint", step, bytes=size, pause=self.pause, write=draft.seconds)
             try:
                 self._rotate()
             except OSError as failure:
@@ -450,14 +456,15 @@ class Keeper(TrainerCallback):
                 losses[step] = manifest["eval_loss"]
         kept = self.keep_last, self.keep_best, self.keep_every
         for step in checkpoint.surplus(losses, *kept):
-            checkpoint.remove(self.run_dir, step)
+            with lease.guarded(self.run_dir, self.token):
+                checkpoint.remove(self.run_dir, step)
 
     def _failed(self, step: int, problem: str) -> None:
         """A save that did not become a checkpoint: go on without it, a few times."""
         self.failed_saves += 1
         text = f"step {step} was not saved ({problem}); the newest checkpoint is that of step {self.committed}"
         if self.main:
-            record(self.run_dir, "save-failed", step, reason=problem, newest=self.committed)
+            record(self.run_dir, self.token, "save-failed", step, reason=problem, newest=self.committed)
             print(f"warning: {text}", flush=True)
         if self.failed_saves > self.max_failed_saves and not self.stopping:
             raise Failed(f"{text}; {self.failed_saves} saves in a row have failed (checkpoint.max_failed_saves)")
@@ -491,12 +498,12 @@ class _Draft:
         self.path, self.manifest = path, manifest
         self.files: dict[str, dict[str, Any]] = {}
         self.problem = ""
+        self.began = time.monotonic()
         self.seconds = 0.0
         self.thread = threading.Thread(target=self._write, args=(rank, tensors, own, texts), name="save")
         self.thread.start()
 
     def _write(self, rank: int, tensors: dict[str, Any], own: dict[str, Any], texts: dict[str, str]) -> None:
-        began = time.monotonic()
         try:
             written = write(self.path, rank, tensors, own)
             for name, text in texts.items():
@@ -505,7 +512,7 @@ class _Draft:
             self.files = {file.name: checkpoint.fingerprint(file) for file in written}
         except Exception as failure:  # whatever it was: what is not written must not be committed
             self.problem = f"rank {rank}: {type(failure).__name__}: {str(failure).strip() or 'no reason given'}"
-        self.seconds = time.monotonic() - began
+        self.seconds = time.monotonic() - self.began
 
     @property
     def written(self) -> bool:

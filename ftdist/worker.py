@@ -51,7 +51,7 @@ def train(run_dir: Path) -> int:
     ranks = Ranks()
     watch = Watch(run_dir / "logs", ranks.rank, ranks.world, config["health"]["stall_minutes"], partial(fail, run_dir))
     token = keeper.token_of(run_dir, ranks)
-    checkpoint = keeper.choose(run_dir, ranks, plan["id"])
+    checkpoint = keeper.choose(run_dir, ranks, token, plan["id"])
     shapes = model_shapes(path, None, revision=revision, trust_remote_code=remote).architecture.parameters
     strategy = find(config["strategy"]["name"])
     base = Base(shapes, plan["precision"], plan["storage"], measured=True)
@@ -75,6 +75,7 @@ def train(run_dir: Path) -> int:
         ranks,
         token,
         {key: plan[key] for key in ("model", "strategy", "engine", "sequences_per_step", "id")},
+        plan["checkpoint_bytes"],
         stops.Limit(config["train_until"]),
         watch.progress,
         **config["checkpoint"],
@@ -93,7 +94,9 @@ def train(run_dir: Path) -> int:
             data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
             callbacks=list(recipe.callbacks),
             keeper=keep,
-            health=Health(run_dir, main, **{key: config["health"][key] for key in schema.keys_of(Health.__init__)}),
+            health=Health(
+                run_dir, token, main, **{key: config["health"][key] for key in schema.keys_of(Health.__init__)}
+            ),
         )
     trainer.sharded = plan["stage"] == 3
     if config["eval"]["during"]:
@@ -107,11 +110,11 @@ def train(run_dir: Path) -> int:
     finish = None
     if main:
         if checkpoint:
-            rundir.record(run_dir, "resume", checkpoint[1]["step"], checkpoint=checkpoint[0].name)
+            rundir.record(run_dir, token, "resume", checkpoint[1]["step"], checkpoint=checkpoint[0].name)
             print(f"going on from {checkpoint[0].name}", flush=True)
             tracking.forget_after(run_dir, checkpoint[1]["step"])
         else:
-            rundir.record(run_dir, "start", 0)
+            rundir.record(run_dir, token, "start", 0)
         log, finish = tracking.start(run_dir, config)
         trainer.add_callback(tracking.follow(run_dir, log, sys.stdout, token))
     trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
@@ -130,7 +133,7 @@ def train(run_dir: Path) -> int:
         peaks = {f"memory/{phase}": peak for phase, peak in meter.peaks.items()}
         log({**peaks, "memory/predicted": plan["device_peak_bytes"]}, trainer.state.global_step)
         name = "finished" if keep.stopping is None else "stopped"
-        rundir.record(run_dir, name, trainer.state.global_step, reason=keep.stopping)
+        rundir.record(run_dir, token, name, trainer.state.global_step, reason=keep.stopping)
         outcome = {"outcome": name, "reason": keep.stopping, "step": trainer.state.global_step}
         with lease.guarded(run_dir, token):
             rundir.write_json(run_dir / "outcome.json", {**outcome, "status": OK if keep.stopping is None else STOPPED})
@@ -153,6 +156,10 @@ def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, An
             "use_reentrant": plan["stage"] == 3 and plan["adapters"],
             **(values.get("gradient_checkpointing_kwargs") or {}),
         }
+    if values.get("ddp_find_unused_parameters") is None:
+        # Without it DDP regroups its buckets after a start's first step: over three ranks and more, sums would be made
+        # in another order after a resume.
+        values["ddp_find_unused_parameters"] = True
     settings = run_dir / "deepspeed.json"
     arguments = SFTConfig(
         **values,

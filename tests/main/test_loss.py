@@ -159,8 +159,8 @@ def trainer(model, directory, data, *, packing=False, loss_type="nll", **argumen
         train_dataset=data,
         eval_dataset=data,
         data_collator=lambda batch: collate(batch, 0),
-        keeper=Keeper(directory, Ranks(), token, {}, stops.Limit(None), lambda step: None, **DEFAULTS["checkpoint"]),
-        health=Health(directory, True, **{key: DEFAULTS["health"][key] for key in keys_of(Health.__init__)}),
+        keeper=Keeper(directory, Ranks(), token, {}, 0, stops.Limit(None), lambda step: None, **DEFAULTS["checkpoint"]),
+        health=Health(directory, token, True, **{key: DEFAULTS["health"][key] for key in keys_of(Health.__init__)}),
     )
 
 
