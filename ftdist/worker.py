@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,11 @@ def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, An
     return arguments
 
 
-def main(run_dir: Path) -> int:
-    """Run `train`, keep this rank's output and error in `logs/`, and answer with an exit status."""
+def main(run_dir: Path, at_failure: Callable[[], None] | None = None) -> int:
+    """Run `train`, keep this rank's output and error in `logs/`, and answer with an exit status.
+
+    A failure ends the process; `at_failure` is called just before.
+    """
     rank = int(os.environ.get("RANK", "0"))
     os.umask(rundir.PRIVATE)
     os.environ.setdefault(stops.STARTED, str(time.time()))
@@ -214,6 +218,8 @@ def main(run_dir: Path) -> int:
         fail(run_dir, message, status)
         # Not sys.exit: other threads and atexit hooks of a half-made process group can hang for minutes.
         sys.stderr.flush()
+        if at_failure:
+            at_failure()
         os._exit(status)
 
 
