@@ -1,4 +1,4 @@
-"""SLURM as plain functions: a batch script from plain values, submit it, ask what became of jobs. No torch, no Hydra."""
+"""SLURM as plain functions: a batch script from plain values, submit it, ask what became of jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUE
           "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")  # fmt: skip
 TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, M:SS
 PATIENCE = 60  # seconds that a command of SLURM may take
-SETTLED = 6.0  # seconds after which a job that no list knows is really gone
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,10 @@ class Job:
 
 
 def options(
-    job_name: str,
+    name: str,
     nodes: int,
     *,
+    job_name: str | None,
     account: str | None,
     partition: str | None,
     qos: str | None,
@@ -72,7 +72,7 @@ def options(
         raise UserError(f"cluster.time={time}: should be H:MM:SS or D-HH:MM:SS, in quotes in a YAML file")
     device = f"{gpu_type}:{gpus}" if gpu_type else str(gpus)
     chosen: dict[str, Any] = {
-        "job-name": job_name,
+        "job-name": job_name or name,
         "nodes": nodes,
         "ntasks-per-node": 1,
         "account": account,
@@ -96,9 +96,82 @@ def options(
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
 
 
-def setup(
-    *, modules: list[str], environment: dict[str, str | int | float], setup: list[str]
-) -> list[str]:
+def resolved(
+    *,
+    processes: int | str,
+    oversubscribe: bool,
+    partition: str | None,
+    gpus: int | str,
+    cpu: bool,
+    known: bool,
+) -> dict[str, int]:
+    """`gpus` and `processes` of a node as numbers, asked from the partition where they are `auto`.
+
+    cpu: the plan is for CPUs; known: it is for a GPU that the user has named.
+    """
+    count = gpus
+    if count == "auto":
+        if cpu:
+            count = 0
+        elif processes != "auto" and known:
+            count = processes
+        else:
+            there = partition_gpus(partition)[0]
+            count = there if processes == "auto" else min(int(processes), there)
+    wanted = max(int(count), 1) if processes == "auto" else int(processes)
+    if int(count) and wanted > int(count) and not oversubscribe:
+        raise UserError(f"cluster.processes={wanted}: {count} GPUs on a node are asked for or there; use at most "
+                        f"cluster.processes={count}, or cluster.oversubscribe=true")  # fmt: skip
+    return {"gpus": int(count), "processes": wanted}
+
+
+def in_task(
+    *,
+    container_image: str | None,
+    container_mounts: str | None,
+    wrapper: list[str],
+    python: str | None,
+) -> tuple[list[str], list[str]]:
+    """(more options of srun, words before `-m MODULE`): Pyxis' container, a wrapper such as `apptainer exec IMAGE`."""
+    pyxis = [f"--container-image={container_image}"] if container_image else []
+    pyxis += [f"--container-mounts={container_mounts}"] if container_mounts else []
+    return pyxis, [*wrapper, python or sys.executable]
+
+
+def in_job(
+    *,
+    interface: str | None,
+    max_requeues: Annotated[int, Field(ge=0)],
+    local_disk: Annotated[float, Field(ge=0)],
+    network_check: Annotated[int, Field(ge=0)],
+) -> None:
+    """The keys of `cluster` that ftdist.batch reads."""
+
+
+def submission(
+    *,
+    prepare: Literal["here", "job"],
+    prepare_partition: str | None,
+    prepare_cpus: Annotated[int, Field(ge=1)],
+    prepare_memory: str | None,
+    prepare_time: str | None,
+    wait: bool,
+    test_only: bool,
+) -> None:
+    """The keys of `cluster` that ftdist.submit reads."""
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """`64G` → bytes, as sbatch reads it; None for none, and for 0, which means all of the node."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", str(text).upper())
+    if not match:
+        raise UserError(f"cluster.memory={text}: should be a size such as 64G")
+    return int(match[1]) * 1024 ** ("KMGT".index(match[2] or "M") + 1) or None
+
+
+def setup(*, modules: list[str], environment: dict[str, str | int | float], setup: list[str]) -> list[str]:
     """Shell lines before the program: modules, variables, and the user's own lines as they are."""
     for line in setup:
         _one_line("cluster.setup", line)
@@ -160,13 +233,15 @@ def _sbatch(words: list[str], cwd: Path | None) -> str:
     done = command("sbatch", *words, environment=environment, cwd=cwd)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     if done.returncode != 0:
-        reason = next((line for line in said if "error" in line.lower() or "failure" in line.lower()), "no reason given")
+        reason = next(
+            (line for line in said if "error" in line.lower() or "failure" in line.lower()), "no reason given"
+        )
         raise UserError(f"cluster=slurm: sbatch refused the job: {reason.removeprefix('sbatch: ').strip()}")
     return done.stdout.strip() or "\n".join(said)
 
 
 # What SLURM sets in a job, as opposed to what steers its commands.
-INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)|SBATCH_"
+INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)"
 
 
 def command(
@@ -213,6 +288,17 @@ def show(job: str) -> dict[str, str]:
     """`scontrol show job`: its fields; nothing for a job that is unknown."""
     done = command("scontrol", "show", "job", "--oneliner", job)
     return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", done.stdout)) if done.returncode == 0 else {}
+
+
+def left(job: str) -> int | None:
+    """Seconds until the job's time limit; None without one."""
+    return seconds(command("squeue", "--noheader", "--jobs", job, "--format=%L").stdout)
+
+
+def node_state(node: str) -> str:
+    """IDLE, ALLOCATED, DOWN, …; with a `*` for one that does not answer."""
+    found = re.search(r"\bState=(\S+)", command("scontrol", "show", "node", "--oneliner", node).stdout)
+    return found[1] if found else ""
 
 
 def cancel(ids: Sequence[str]) -> None:
