@@ -148,7 +148,7 @@ def plan(
     train, engine = config["train"], config["engine"]["name"]
     count = per_node(config["cluster"], here=False)
     available, kind = launcher.devices()
-    local = config["cluster"]["name"] != "slurm"
+    local, run_dir = config["cluster"]["name"] != "slurm", Path(config["run_dir"])
     devices = forecast.target(config, count * config["cluster"]["nodes"])
     shapes = shapes or shapes_of(config["model"])
     total = shapes.total
@@ -220,7 +220,7 @@ def plan(
         "tokens_per_step": batch.tokens_per_step,
         "arithmetic": batch.arithmetic,
         "files": FILES | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {}),
-        "command": [launcher.command(Path(config["run_dir"]))] if local else [["sbatch", f"{config["run_dir"]}/job.sbatch"]],
+        "command": [launcher.command(run_dir) if local else ["sbatch", str(run_dir / slurm.SCRIPT)]],
         "advice": advice(
             strategy=config["strategy"]["name"],
             examples=examples,

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from ftdist.errors import UserError
 
+SCRIPT = "job.sbatch"  # in a run directory
 # Words of SLURM for jobs that will still do something.
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
           "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")  # fmt: skip

@@ -9,7 +9,6 @@ from typing import Any
 from ftdist import follow, job, lease, resume, rundir, schema, slurm
 from ftdist.errors import OK, UserError
 
-SCRIPT = "job.sbatch"
 PREPARE = "prepare.sbatch"
 
 
@@ -59,7 +58,7 @@ def refuse_active(run_dir: Path) -> None:
 def queue(run_dir: Path, cluster: dict[str, Any], prepare: bool) -> str:
     """Write the batch script and submit it; the job's number. prepare: by a CPU job that this one waits for."""
     (run_dir / "logs").mkdir(mode=0o700, exist_ok=True)
-    script = run_dir / SCRIPT
+    script = run_dir / slurm.SCRIPT
     script.write_text(text(run_dir, cluster), encoding="utf-8")
     words, before = [], None
     if prepare:
@@ -105,7 +104,7 @@ def _test(config: dict[str, Any], run_dir: Path) -> int:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, SCRIPT)
+        script = Path(folder, slurm.SCRIPT)
         script.write_text(text(run_dir, config["cluster"]), encoding="utf-8")
         print(slurm.test_only(script))
     return OK
