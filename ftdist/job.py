@@ -6,6 +6,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from ftdist import (
     report,
     rundir,
     schema,
+    slurm,
     stops,
     tracking,
     trainkeys,
@@ -87,7 +89,7 @@ def check(config: dict[str, Any]) -> None:
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
     schema.check("chat", config["chat"], chat.settings)
-    schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
+    check_cluster(config["cluster"])
     schema.check("hardware", config["hardware"], hardware, context=forecast.context())
     engine = launcher.engine_function(config["engine"].get("name"))
     schema.check("engine", config["engine"], engine)
@@ -96,6 +98,19 @@ def check(config: dict[str, Any]) -> None:
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
     schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
+
+
+def check_cluster(cluster: dict[str, Any]) -> None:
+    """Every key of `cluster`; those of SLURM only where it is chosen."""
+    queue = (slurm.options, slurm.setup, slurm.in_task, slurm.in_job, slurm.submission)
+    more = queue if cluster.get("name") == "slurm" else ()
+    schema.check("cluster", cluster, launcher.processes, *more, context=("here",))
+
+
+def per_node(cluster: dict[str, Any], here: bool) -> int:
+    """Processes on each node. here: they are to start on this machine, if `cluster` is one machine."""
+    keys = schema.pick(launcher.processes, cluster)
+    return launcher.processes(**keys, here=here and cluster["name"] != "slurm")
 
 
 DATA_CONTEXT = ("tokenizer_path", "revision", "trust_remote_code", "max_length", "packing", "task", "seed",
@@ -131,8 +146,9 @@ def plan(
     if examples is None and asked:
         examples = look.count(config["data"]["path"])
     train, engine = config["train"], config["engine"]["name"]
-    count = launcher.processes(**config["cluster"], here=False)
+    count = per_node(config["cluster"], here=False)
     available, kind = launcher.devices()
+    local, run_dir = config["cluster"]["name"] != "slurm", Path(config["run_dir"])
     devices = forecast.target(config, count * config["cluster"]["nodes"])
     shapes = shapes or shapes_of(config["model"])
     total = shapes.total
@@ -199,12 +215,12 @@ def plan(
         "precision": dtype,
         "processes": count,
         "nodes": config["cluster"]["nodes"],
-        "devices": f"{kind}s, {available} here" if config["hardware"]["name"] == "auto" else devices.name,
+        "devices": f"{kind}s, {available} here" if config["hardware"]["name"] == "auto" and local else devices.name,
         "sequences_per_step": batch.sequences_per_step,
         "tokens_per_step": batch.tokens_per_step,
         "arithmetic": batch.arithmetic,
         "files": FILES | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {}),
-        "command": [launcher.command(Path(config["run_dir"]))],
+        "command": [launcher.command(run_dir) if local else ["sbatch", str(run_dir / slurm.SCRIPT)]],
         "advice": advice(
             strategy=config["strategy"]["name"],
             examples=examples,
@@ -243,7 +259,7 @@ def _planner(
 
 def fitted(config: dict[str, Any]) -> dict[str, Any]:
     """The plan of the fastest configuration that fits with the same global batch, and its `overrides`."""
-    world = launcher.processes(**config["cluster"], here=False) * config["cluster"]["nodes"]
+    world = per_node(config["cluster"], here=False) * config["cluster"]["nodes"]
     found = forecast.fit(config, _planner(shapes_of(config["model"])), world)
     if found is None:
         raise UserError(f"--fit: nothing fits {world} of hardware={config['hardware']['name']} with this strategy and "
@@ -254,13 +270,15 @@ def fitted(config: dict[str, Any]) -> dict[str, Any]:
 
 def scaling(config: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
     """How the run scales over numbers of devices."""
-    world = launcher.processes(**config["cluster"], here=False) * config["cluster"]["nodes"]
+    world = per_node(config["cluster"], here=False) * config["cluster"]["nodes"]
     return forecast.sizes(config, _planner(shapes_of(config["model"])), world, sizes)
 
 
 def decide(config: dict[str, Any]) -> None:
     """Check every key, then fill what was left to the program: precision, recomputation, the run directory's name."""
     check(config)
+    if config["cluster"]["name"] == "slurm":
+        settle(config["cluster"], config["hardware"]["name"])
     train = config["train"]
     devices = forecast.target(config, 1)
     if train["bf16"] is None:
@@ -272,15 +290,25 @@ def decide(config: dict[str, Any]) -> None:
         config["run_dir"] = rundir.fresh_name(config["model"]["path"], config["strategy"]["name"])
 
 
+def settle(cluster: dict[str, Any], hardware_name: str) -> None:
+    """Numbers in place of `auto` for a job of SLURM."""
+    keys = schema.pick(slurm.resolved, cluster)
+    cluster |= slurm.resolved(**keys, cpu=hardware_name == "cpu", known=hardware_name != "auto")
+
+
 def ready(config: dict[str, Any]) -> None:
     """Refuse, before anything is made, what is wrong or cannot work on this machine."""
     if config["resume"] == "auto" and config["run_dir"] is None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     decide(config)
-    launcher.processes(**config["cluster"], here=True)
+    per_node(config["cluster"], here=True)
     shapes_of(config["model"], need_weights=True)
     kind = launcher.devices()[1]
-    if config["hardware"]["name"] != "auto" and forecast.target(config, 1).gpu != (kind == "GPU"):
+    if (
+        config["cluster"]["name"] != "slurm"
+        and config["hardware"]["name"] != "auto"
+        and forecast.target(config, 1).gpu != (kind == "GPU")
+    ):
         raise UserError(
             f"hardware={config['hardware']['name']}: this machine has {kind}s; leave it out (ftdist plan takes it)"
         )
@@ -300,15 +328,22 @@ def run(config: dict[str, Any], run_dir: Path) -> None:
         lease.release(run_dir, token)
 
 
-def launch(run_dir: Path, token: int) -> None:
-    """Start a frozen run or go on with it, again after failures if that is wanted, and evaluate what came out."""
+def launch(
+    run_dir: Path, token: int, start: Callable[[], None] | None = None, end: Callable[[], None] | None = None
+) -> None:
+    """Start a frozen run or go on with it, again after failures if that is wanted, and evaluate what came out.
+
+    start: starts the ranks and waits for them, as launcher.run does it on this machine; end: what `finish` does.
+    """
     config = rundir.read_config(run_dir)
-    count = launcher.processes(**config["cluster"], here=True)
+    count = per_node(config["cluster"], here=start is None)
     rundir.write_yaml(
         run_dir / "accelerate.yaml",
         launcher.accelerate_file(config["engine"]["name"], count, run_dir / "deepspeed.json"),
     )
-    world = f"{count} process" + ("es" if count > 1 else "")
+    start = start or partial(launcher.run, run_dir, count, token, config["health"]["grace_seconds"])
+    nodes = config["cluster"]["nodes"]
+    world = f"{count} process" + ("es" if count > 1 else "") + (f" on each of {nodes} nodes" if nodes > 1 else "")
     print(f"starting {world} ({config['engine']['name']}) in {run_dir}", flush=True)
     if config["engine"]["name"] == "zero3_nvme":
         print("engine=zero3_nvme: no checkpoints; a run that is stopped begins again", flush=True)
@@ -316,7 +351,7 @@ def launch(run_dir: Path, token: int) -> None:
     while True:
         before = _progress(run_dir)
         try:
-            launcher.run(run_dir, count, token, keys["grace_seconds"])
+            start()
             break
         except Failed as failure:
             if rundir.left_out(run_dir) != before[1]:  # a roll-back: the last checkpoint, without that step
@@ -334,7 +369,7 @@ def launch(run_dir: Path, token: int) -> None:
                 restarts += 1
             rundir.record(run_dir, token, "restart", None, reason=str(failure))
             print(f"{failure}\nstarting again", flush=True)
-    finish(run_dir)
+    (end or partial(finish, run_dir))()
 
 
 def _progress(run_dir: Path) -> tuple[list[int], list[int]]:

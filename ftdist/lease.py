@@ -86,6 +86,16 @@ def read(run_dir: Path) -> Lease | None:
         return None
 
 
+def living(run_dir: Path) -> Lease | None:
+    """Who has the run and is alive, for somebody who only looks: nothing is written, clocks are taken to agree."""
+    holder = read(run_dir)
+    if holder is None or holder.released:
+        return None
+    if holder.host == socket.gethostname() and holder.boot == _boot():
+        return holder if _born(holder.pid) == holder.born else None
+    return holder if time.time() - (run_dir / FILE).stat().st_mtime < STALE else None
+
+
 def check(run_dir: Path, token: int) -> None:
     """Failed, if somebody else has taken the run over."""
     holder = read(run_dir)

@@ -100,6 +100,14 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty if there is no such file, or no whole one."""
+    with contextlib.suppress(OSError, ValueError):
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return value
+    return {}
+
+
 def write_yaml(path: Path, value: Any) -> None:
     """Whole or not at all, keys in the order given."""
     import yaml

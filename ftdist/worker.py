@@ -227,7 +227,8 @@ def fail(run_dir: Path, message: str, status: int = FAILED) -> None:
     """Leave this rank's last word for whoever started it."""
     rank = int(os.environ.get("RANK", "0"))
     logs = run_dir / "logs"
-    report = {"rank": rank, "time": time.time(), "message": message, "log": str(logs / f"rank-{rank}.log")}
+    report = {"rank": rank, "time": time.time(), "message": message, "log": str(logs / f"rank-{rank}.log"),
+              "node": os.environ.get("SLURMD_NODENAME"), "lease": os.environ.get(lease.VARIABLE)}  # fmt: skip
     with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
         rundir.write_json(logs / f"rank-{rank}.error.json", {**report, "status": status})
 
