@@ -143,7 +143,7 @@ def test_full_disk(forks, words, untouched, counted, tmp_path, request, strategy
 
 @pytest.mark.parametrize(("strategy", "engine"), CELLS)
 def test_two_starts_at_once(forks, prepared, counted, strategy, engine):
-    """Of several that start in one moment one gets the run; who comes later is refused, even when that one stands still."""
+    """Of several starts in one moment one gets the run; a later one is refused, even while that one stands still."""
     run_dir, expected = prepared(strategy, engine)
     for _ in range(DAMAGED):
         racers = [
