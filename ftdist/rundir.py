@@ -125,16 +125,18 @@ def _flushed(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def record(run_dir: Path, token: int, event: str, step: int | None, **facts: Any) -> None:
+def record(run_dir: Path, token: int | None, event: str, step: int | None, **facts: Any) -> None:
     """A line for RUN/events.jsonl, the run's time line: start, checkpoint, stop, fault, …
 
-    token: of the lease that it is written under; Failed if somebody else has the run.
+    token: of the lease that it is written under, Failed if somebody else has the run by now; None from who has the lock
+    already, or speaks of a job that is in no process.
     """
     from ftdist import lease
 
     line = json.dumps({"time": time.time(), "event": event, "step": step, **facts})
+    guard = contextlib.nullcontext() if token is None else lease.guarded(run_dir, token)
     try:
-        with lease.guarded(run_dir, token), (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
+        with guard, (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as failure:  # a full disk must not end the run that is to be told of it
         print(f"warning: events.jsonl: {failure.strerror}; not written: {line}", flush=True)
