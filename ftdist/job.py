@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist import base as bases
 from ftdist import (
+    align,
     chat,
     checkpoint,
     forecast,
@@ -28,6 +28,7 @@ from ftdist import (
     tracking,
     trainkeys,
 )
+from ftdist import base as bases
 from ftdist import evaluate as evaluation
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
@@ -70,8 +71,8 @@ def _top(
     """The keys outside every group."""
 
 
-def _task(*, name: Literal["sft"]) -> None:
-    """The keys of `task`."""
+def _task(*, name: Literal["sft", "dpo"]) -> None:
+    """The keys of `task=sft`."""
 
 
 def check(config: dict[str, Any]) -> None:
@@ -80,7 +81,9 @@ def check(config: dict[str, Any]) -> None:
     trainkeys.check({k: v for k, v in config["train"].items() if not (k in AUTOMATIC and v is None)})
     schema.check("model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype"))
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
-    schema.check("task", config["task"], _task)
+    schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
+    if config["task"]["name"] == "dpo":
+        align.check(config["task"], config["train"])
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
     stops.Limit(config["train_until"])
@@ -125,8 +128,17 @@ def plan(
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
-    if is_preference(config["data"]):
-        raise UserError("data.format=preference: no task trains on preferences yet; `ftdist data` prepares them")
+    dpo = config["task"]["name"] == "dpo"
+    if is_preference(config["data"]) and not dpo:
+        raise UserError(
+            "data.format=preference: task=sft learns from answers, not from pairs of them; use task=dpo (`ftdist data` "
+            "prepares them without a task)"
+        )
+    if dpo and config["data"]["format"] not in ("auto", "preference"):
+        raise UserError(
+            f"data.format={config['data']['format']}: task=dpo learns from chosen and rejected answers; use "
+            "data.format=preference, or task=sft"
+        )
     asked = shapes is None
     if examples is None and asked:
         examples = look.count(config["data"]["path"])
@@ -184,6 +196,7 @@ def plan(
         num_train_epochs=train["num_train_epochs"],
         max_steps=train["max_steps"],
         about=guess is not None,
+        sequences_per_row=2 if dpo else 1,
     )
     whole = recipe.peft is None and recipe.trainable is None
     made: dict[str, Any] = {
@@ -220,6 +233,8 @@ def plan(
         "trained": dtype if stage else "float32",
         "adapters": recipe.peft is not None,
     }
+    if dpo:
+        made["reference"] = align.reference_kind(config["task"], recipe.peft is not None, goes_on=False)
     if batch.steps_per_epoch is not None:
         made["steps_per_epoch"] = batch.steps_per_epoch
     if batch.total_steps is not None:
@@ -368,8 +383,13 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
-    rundir.write_json(run_dir / bases.FILE, bases.fingerprint(model["path"]))
+    fingerprint = bases.fingerprint(model["path"])
+    rundir.write_json(run_dir / bases.FILE, fingerprint)
     rundir.write_json(run_dir / "env.json", rundir.environment())
+    if "reference" in made:
+        made["reference_key"] = align.key(
+            fingerprint["files"], prepared.name, made["precision"], config["strategy"], model["attn_implementation"]
+        )
     rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
@@ -430,7 +450,7 @@ def _counted(ranks: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def is_preference(data: dict[str, Any]) -> bool:
-    """Whether `data:` says that its rows are preferences; `ftdist data` prepares them, no task trains on them yet."""
+    """Whether `data:` says that its rows are preferences."""
     path = data["path"]
     parts = [part for part in path if isinstance(part, dict)] if isinstance(path, list) else []
     return "preference" in (data["format"], *(part.get("format") for part in parts))

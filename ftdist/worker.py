@@ -43,7 +43,8 @@ def train(run_dir: Path) -> int:
     from ftdist.ranks import Ranks
     from ftdist.save import save_final
     from ftdist.strategies import Base, find
-    from ftdist.trainer import TokenTrainer, collate
+    from ftdist.trainer import TokenTrainer
+    from ftdist.trainer import collate as collate
     from ftdist.watch import Watch
 
     path, revision, remote = (config["model"][key] for key in ("path", "revision", "trust_remote_code"))
@@ -81,19 +82,28 @@ def train(run_dir: Path) -> int:
     )
     if checkpoint:
         keep.resume(*checkpoint)
+    kind: Any = TokenTrainer
+    rows = [datasets.load_from_disk(str(data / split)) for split in ("train", "validation")]
+    named: dict[str, Any] = {}
+    if config["task"]["name"] == "dpo":
+        from ftdist.align import setup
+
+        kind, collate, rows = setup.PreferenceTrainer, setup.collate_pairs, [setup.PairRows(part) for part in rows]
+        named = setup.keys(run_dir, config, plan, token, recipe)
     with models.partly_quantized(model):
-        trainer = TokenTrainer(
+        trainer = kind(
             model=model,
             args=arguments,
             packing=config["train"]["packing"],
             loss_type=config["train"]["loss_type"],
             trainable=plan["trainable_parameters"],
-            train_dataset=datasets.load_from_disk(str(data / "train")),
-            eval_dataset=datasets.load_from_disk(str(data / "validation")),
+            train_dataset=rows[0],
+            eval_dataset=rows[1],
             data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
             callbacks=list(recipe.callbacks),
             keeper=keep,
             health=Health(run_dir, main, **{key: config["health"][key] for key in schema.keys_of(Health.__init__)}),
+            **named,
         )
     trainer.sharded = plan["stage"] == 3
     if config["eval"]["during"]:
