@@ -24,6 +24,7 @@ from ftdist import (
     report,
     rundir,
     schema,
+    start,
     stops,
     tracking,
     trainkeys,
@@ -105,8 +106,8 @@ DATA_CONTEXT = ("tokenizer_path", "revision", "trust_remote_code", "max_length",
                 "cache_dir")  # fmt: skip
 
 
-def model_keys(*, path: str, architecture: dict[str, Any] | None) -> None:
-    """The keys of `model` that the plan reads."""
+def model_keys(*, path: str, architecture: dict[str, Any] | None, adapter: Literal["merge", "continue"]) -> None:
+    """The keys of `model` that the plan reads; adapter: what becomes of the one that a run in `path` left."""
 
 
 def plan(
@@ -234,7 +235,9 @@ def plan(
         "adapters": recipe.peft is not None,
     }
     if dpo:
-        made["reference"] = align.reference_kind(config["task"], recipe.peft is not None, goes_on=False)
+        made["reference"] = align.reference_kind(
+            config["task"], recipe.peft is not None, config["model"]["adapter"] == "continue"
+        )
     if batch.steps_per_epoch is not None:
         made["steps_per_epoch"] = batch.steps_per_epoch
     if batch.total_steps is not None:
@@ -276,6 +279,7 @@ def scaling(config: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
 def decide(config: dict[str, Any]) -> None:
     """Check every key, then fill what was left to the program: precision, recomputation, the run directory's name."""
     check(config)
+    start.check(config["model"], config["strategy"])
     train = config["train"]
     devices = forecast.target(config, 1)
     if train["bf16"] is None:
@@ -361,9 +365,11 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     """Prepare model files and data, then write down everything that the ranks will read, config.yaml last."""
     rundir.write_json(run_dir / ASKED, config)
     model = config["model"]
+    start.settle(model, run_dir)
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
-    prepared = prepared_data(config)
+    other = other_reference(config)
+    prepared = prepared_data(config, run_dir=run_dir)
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
@@ -387,9 +393,12 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     rundir.write_json(run_dir / bases.FILE, fingerprint)
     rundir.write_json(run_dir / "env.json", rundir.environment())
     if "reference" in made:
-        made["reference_key"] = align.key(
-            fingerprint["files"], prepared.name, made["precision"], config["strategy"], model["attn_implementation"]
-        )
+        # the base's files and its adapter are what training starts from, and with it the reference, unless it is other
+        adapter = start.adapter(run_dir)
+        weights = [fingerprint["files"], bases.fingerprint(str(adapter))["files"] if adapter else None, other]
+        quantization = recipe_of(config, shapes_of(model), measured=True).quantization
+        computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
+        made["reference_key"] = align.key(weights, prepared.name, computed)
     rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
@@ -456,11 +465,28 @@ def is_preference(data: dict[str, Any]) -> bool:
     return "preference" in (data["format"], *(part.get("format") for part in parts))
 
 
-def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
-    """The prepared data set of this configuration, made now or found in the cache."""
+def other_reference(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Settle `task.reference_model`, if there is one: its directory, and the hashes of its files."""
+    task, model = config["task"], config["model"]
+    if task.get("reference_model") is None:
+        return None
+    path = task["reference_model"]
+    directory = str(start.whole(path)) if start.is_run(path) else models.local_path(path, None)
+    start.same_tokenizer(model["path"], directory, "task.reference_model", model["trust_remote_code"])
+    task["reference_model"] = directory
+    files: dict[str, Any] = bases.fingerprint(directory)["files"]
+    return files
+
+
+def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Path | None = None) -> Path:
+    """The prepared data set of this configuration, made now or found in the cache. run_dir: of a run that exists."""
+    path = config["model"]["path"]
+    tokenizer = start.adapter(run_dir) if run_dir else None
+    if tokenizer is None and start.is_run(path):
+        tokenizer = start.tokenizer_directory(path)
     return prepare(
         **config["data"],
-        tokenizer_path=models.local_path(config["model"]["path"], config["model"]["revision"]),
+        tokenizer_path=str(tokenizer or models.local_path(path, config["model"]["revision"])),
         revision=config["model"]["revision"],
         trust_remote_code=config["model"]["trust_remote_code"],
         max_length=config["train"]["max_length"],
@@ -473,7 +499,8 @@ def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
 
 def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:
     """The shapes of the model that `model:` names, from config.json; the demo model is made on the way."""
-    path = models.local_path("demo", None) if model["path"] == "demo" else model["path"]
+    made_here = model["path"] == "demo" or start.is_run(model["path"])
+    path = models.local_path(model["path"], None) if made_here else model["path"]
     return model_shapes(
         path,
         model["architecture"],

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import lease, rundir, schema, stops
+from ftdist import lease, rundir, schema, start, stops
 from ftdist.errors import FAILED, OK, STOPPED, USAGE, Failed, UserError
 
 
@@ -60,10 +60,10 @@ def train(run_dir: Path) -> int:
 
     meter = Meter(int(os.environ.get("RANK", "0")))
     tokenizer = models.tokenizer(path, revision, remote)
-    wanted = {key: value for key, value in config["model"].items() if key != "architecture"}
+    wanted = schema.pick(models.load, config["model"])
     set_seed(config["seed"])  # adapters start from random numbers; the trainer seeds only itself
     model = models.load(**wanted, quantization=recipe.quantization, loaded_dtype=plan["loaded"])
-    model = models.apply(model, recipe, trained_dtype=plan["trained"])
+    model = models.apply(model, recipe, trained_dtype=plan["trained"], adapter=start.adapter(run_dir))
     if plan["adapters"] and arguments.gradient_checkpointing:
         model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
 
