@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist import base as bases
 from ftdist import (
+    align,
     chat,
     checkpoint,
     forecast,
@@ -26,10 +26,12 @@ from ftdist import (
     rundir,
     schema,
     slurm,
+    start,
     stops,
     tracking,
     trainkeys,
 )
+from ftdist import base as bases
 from ftdist import evaluate as evaluation
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
@@ -72,8 +74,8 @@ def _top(
     """The keys outside every group."""
 
 
-def _task(*, name: Literal["sft"]) -> None:
-    """The keys of `task`."""
+def _task(*, name: Literal["sft", "dpo"]) -> None:
+    """The keys of `task=sft`."""
 
 
 def check(config: dict[str, Any]) -> None:
@@ -82,7 +84,9 @@ def check(config: dict[str, Any]) -> None:
     trainkeys.check({k: v for k, v in config["train"].items() if not (k in AUTOMATIC and v is None)})
     schema.check("model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype"))
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
-    schema.check("task", config["task"], _task)
+    schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
+    if config["task"]["name"] == "dpo":
+        align.check(config["task"], config["train"])
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
     stops.Limit(config["train_until"])
@@ -117,8 +121,8 @@ DATA_CONTEXT = ("tokenizer_path", "revision", "trust_remote_code", "max_length",
                 "cache_dir")  # fmt: skip
 
 
-def model_keys(*, path: str, architecture: dict[str, Any] | None) -> None:
-    """The keys of `model` that the plan reads."""
+def model_keys(*, path: str, architecture: dict[str, Any] | None, adapter: Literal["merge", "continue"]) -> None:
+    """The keys of `model` that the plan reads; adapter: what becomes of the one that a run in `path` left."""
 
 
 def plan(
@@ -140,8 +144,17 @@ def plan(
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
-    if is_preference(config["data"]):
-        raise UserError("data.format=preference: no task trains on preferences yet; `ftdist data` prepares them")
+    dpo = config["task"]["name"] == "dpo"
+    if is_preference(config["data"]) and not dpo:
+        raise UserError(
+            "data.format=preference: task=sft learns from answers, not from pairs of them; use task=dpo (`ftdist data` "
+            "prepares them without a task)"
+        )
+    if dpo and config["data"]["format"] not in ("auto", "preference"):
+        raise UserError(
+            f"data.format={config['data']['format']}: task=dpo learns from chosen and rejected answers; use "
+            "data.format=preference, or task=sft"
+        )
     asked = shapes is None
     if examples is None and asked:
         examples = look.count(config["data"]["path"])
@@ -200,6 +213,7 @@ def plan(
         num_train_epochs=train["num_train_epochs"],
         max_steps=train["max_steps"],
         about=guess is not None,
+        sequences_per_row=2 if dpo else 1,
     )
     whole = recipe.peft is None and recipe.trainable is None
     made: dict[str, Any] = {
@@ -236,6 +250,10 @@ def plan(
         "trained": dtype if stage else "float32",
         "adapters": recipe.peft is not None,
     }
+    if dpo:
+        made["reference"] = align.reference_kind(
+            config["task"], recipe.peft is not None, config["model"]["adapter"] == "continue"
+        )
     if batch.steps_per_epoch is not None:
         made["steps_per_epoch"] = batch.steps_per_epoch
     if batch.total_steps is not None:
@@ -279,6 +297,7 @@ def decide(config: dict[str, Any]) -> None:
     check(config)
     if config["cluster"]["name"] == "slurm":
         settle(config["cluster"], config["hardware"]["name"])
+    start.check(config["model"], config["strategy"])
     train = config["train"]
     devices = forecast.target(config, 1)
     if train["bf16"] is None:
@@ -381,9 +400,11 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     """Prepare model files and data, then write down everything that the ranks will read, config.yaml last."""
     rundir.write_json(run_dir / ASKED, config)
     model = config["model"]
+    start.settle(model, run_dir)
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
-    prepared = prepared_data(config)
+    other = other_reference(config)
+    prepared = prepared_data(config, run_dir=run_dir)
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
@@ -403,8 +424,16 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
-    rundir.write_json(run_dir / bases.FILE, bases.fingerprint(model["path"]))
+    fingerprint = bases.fingerprint(model["path"])
+    rundir.write_json(run_dir / bases.FILE, fingerprint)
     rundir.write_json(run_dir / "env.json", rundir.environment())
+    if "reference" in made:
+        # the base's files and its adapter are what training starts from, and with it the reference, unless it is other
+        adapter = start.adapter(run_dir)
+        weights = [fingerprint["files"], bases.fingerprint(str(adapter))["files"] if adapter else None, other]
+        quantization = recipe_of(config, shapes_of(model), measured=True).quantization
+        computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
+        made["reference_key"] = align.key(weights, prepared.name, computed)
     rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
@@ -465,17 +494,34 @@ def _counted(ranks: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def is_preference(data: dict[str, Any]) -> bool:
-    """Whether `data:` says that its rows are preferences; `ftdist data` prepares them, no task trains on them yet."""
+    """Whether `data:` says that its rows are preferences."""
     path = data["path"]
     parts = [part for part in path if isinstance(part, dict)] if isinstance(path, list) else []
     return "preference" in (data["format"], *(part.get("format") for part in parts))
 
 
-def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
-    """The prepared data set of this configuration, made now or found in the cache."""
+def other_reference(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Settle `task.reference_model`, if there is one: its directory, and the hashes of its files."""
+    task, model = config["task"], config["model"]
+    if task.get("reference_model") is None:
+        return None
+    path = task["reference_model"]
+    directory = str(start.whole(path)) if start.is_run(path) else models.local_path(path, None)
+    start.same_tokenizer(model["path"], directory, "task.reference_model", model["trust_remote_code"])
+    task["reference_model"] = directory
+    files: dict[str, Any] = bases.fingerprint(directory)["files"]
+    return files
+
+
+def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Path | None = None) -> Path:
+    """The prepared data set of this configuration, made now or found in the cache. run_dir: of a run that exists."""
+    path = config["model"]["path"]
+    tokenizer = start.adapter(run_dir) if run_dir else None
+    if tokenizer is None and start.is_run(path):
+        tokenizer = start.tokenizer_directory(path)
     return prepare(
         **config["data"],
-        tokenizer_path=models.local_path(config["model"]["path"], config["model"]["revision"]),
+        tokenizer_path=str(tokenizer or models.local_path(path, config["model"]["revision"])),
         revision=config["model"]["revision"],
         trust_remote_code=config["model"]["trust_remote_code"],
         max_length=config["train"]["max_length"],
@@ -488,7 +534,8 @@ def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
 
 def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:
     """The shapes of the model that `model:` names, from config.json; the demo model is made on the way."""
-    path = models.local_path("demo", None) if model["path"] == "demo" else model["path"]
+    made_here = model["path"] == "demo" or start.is_run(model["path"])
+    path = models.local_path(model["path"], None) if made_here else model["path"]
     return model_shapes(
         path,
         model["architecture"],

@@ -93,7 +93,7 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
     batch = dict(zip(BATCH, rebatch(before["sequences_per_step"], world, micro), strict=True))
     config["train"] |= batch
     if not Path(before["prepared"]).is_dir():
-        prepared = job.prepared_data(config)
+        prepared = job.prepared_data(config, run_dir=run_dir)
         if str(prepared) != before["prepared"]:
             raise UserError(
                 f"data.path: the data of {run_dir} are gone from the cache, and the files are not what they were; "

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Log = Callable[[dict[str, Any], int], None]
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
+HELD_OUT = {"eval_perplexity": "perplexity", "eval_rewards/accuracies": "preference accuracy"}  # said beside the loss
 
 
 def start(run_dir: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
@@ -148,10 +149,11 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
             step = state.global_step
             if "eval_loss" in logs:
                 self._record({"step": step, **logs})
-                self._say(f"step {step}: held-out loss {logs['eval_loss']:.4f}, "
-                          f"perplexity {logs['eval_perplexity']:.4g}", keep=True)  # fmt: skip
+                more = [f"{meaning} {logs[key]:.4g}" for key, meaning in HELD_OUT.items() if key in logs]
+                self._say(", ".join([f"step {step}: held-out loss {logs['eval_loss']:.4f}", *more]), keep=True)
             elif "loss" in logs:
                 row = {"step": step, **{k: logs.get(k) for k in COLUMNS}, "epoch": logs.get("epoch")}
+                row |= {k: v for k, v in logs.items() if "/" in k}  # of the task
                 self._record({**row, "memory_gib": round(memory_gib(), 4)})
                 self._say(self._line(step, state.max_steps, logs), keep=step >= state.max_steps)
 

@@ -210,7 +210,7 @@ class TokenTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         model = self.model_wrapped
         model.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        totals: Any = 0
         for start in range(0, math.ceil(len(rows) / world), size):
             if start and self.keeper.asked_to_stop():
                 raise AskedToStop
@@ -220,11 +220,9 @@ class TokenTrainer(Trainer):
                 batch["targets"].fill_(IGNORED)
             batch = self._prepare_inputs(batch)
             with self.head.plain(), self.compute_loss_context_manager():
-                totals[0] += self._summed_loss(model, batch).double().sum()
-            totals[1] += (batch["targets"] != IGNORED).sum()
-        totals = self.accelerator.reduce(totals, "sum")
-        loss = float(totals[0] / totals[1].clamp(min=1))
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700))}
+                totals = totals + self._sums(model, batch)
+        found = self._means(self.accelerator.reduce(totals, "sum"))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if self.examiner is not None:
             plain = self.accelerator.unwrap_model(model)
             with self.compute_loss_context_manager():
@@ -233,6 +231,16 @@ class TokenTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _sums(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a held-out batch adds (float64): its summed loss and its supervised tokens."""
+        count = (batch["targets"] != IGNORED).sum()
+        return torch.stack([self._summed_loss(model, batch).double().sum(), count.double()])
+
+    def _means(self, totals: torch.Tensor) -> dict[str, float]:
+        """Metrics from these sums over all ranks."""
+        loss = float(totals[0] / totals[1].clamp(min=1))
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -256,11 +264,13 @@ class TokenTrainer(Trainer):
         step = self.state.global_step + 1
         if step == 1:
             shares = self.losses()
-            model_config: Any = self.model.config  # type: ignore[union-attr]
-            vocabulary = model_config.get_text_config().vocab_size
-            self.health.first(sum(shares) / len(shares), vocabulary)
+            self._judge_first(sum(shares) / len(shares))
         self.health.may_apply(step, self.norm)  # ZeRO leaves a step of NaN out without asking
         return self.norm
+
+    def _judge_first(self, loss: float) -> None:
+        model_config: Any = self.model.config  # type: ignore[union-attr]
+        self.health.first(loss, model_config.get_text_config().vocab_size)
 
     def losses(self) -> list[float]:
         """Each rank's share of this step's loss, times the world size; their mean is the loss."""

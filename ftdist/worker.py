@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import lease, rundir, schema, stops
+from ftdist import lease, rundir, schema, start, stops
 from ftdist.errors import FAILED, OK, STOPPED, USAGE, Failed, UserError
 
 
@@ -44,7 +44,8 @@ def train(run_dir: Path) -> int:
     from ftdist.ranks import Ranks
     from ftdist.save import save_final
     from ftdist.strategies import Base, find
-    from ftdist.trainer import TokenTrainer, collate
+    from ftdist.trainer import TokenTrainer
+    from ftdist.trainer import collate as collate
     from ftdist.watch import Watch
 
     path, revision, remote = (config["model"][key] for key in ("path", "revision", "trust_remote_code"))
@@ -60,10 +61,10 @@ def train(run_dir: Path) -> int:
 
     meter = Meter(int(os.environ.get("RANK", "0")))
     tokenizer = models.tokenizer(path, revision, remote)
-    wanted = {key: value for key, value in config["model"].items() if key != "architecture"}
+    wanted = schema.pick(models.load, config["model"])
     set_seed(config["seed"])  # adapters start from random numbers; the trainer seeds only itself
     model = models.load(**wanted, quantization=recipe.quantization, loaded_dtype=plan["loaded"])
-    model = models.apply(model, recipe, trained_dtype=plan["trained"])
+    model = models.apply(model, recipe, trained_dtype=plan["trained"], adapter=start.adapter(run_dir))
     if plan["adapters"] and arguments.gradient_checkpointing:
         model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
 
@@ -83,21 +84,30 @@ def train(run_dir: Path) -> int:
     )
     if checkpoint:
         keep.resume(*checkpoint)
+    kind: Any = TokenTrainer
+    rows = [datasets.load_from_disk(str(data / split)) for split in ("train", "validation")]
+    named: dict[str, Any] = {}
+    if config["task"]["name"] == "dpo":
+        from ftdist.align import setup
+
+        kind, collate, rows = setup.PreferenceTrainer, setup.collate_pairs, [setup.PairRows(part) for part in rows]
+        named = setup.keys(run_dir, config, plan, token, recipe)
     with models.partly_quantized(model):
-        trainer = TokenTrainer(
+        trainer = kind(
             model=model,
             args=arguments,
             packing=config["train"]["packing"],
             loss_type=config["train"]["loss_type"],
             trainable=plan["trainable_parameters"],
-            train_dataset=datasets.load_from_disk(str(data / "train")),
-            eval_dataset=datasets.load_from_disk(str(data / "validation")),
+            train_dataset=rows[0],
+            eval_dataset=rows[1],
             data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
             callbacks=list(recipe.callbacks),
             keeper=keep,
             health=Health(
                 run_dir, token, main, **{key: config["health"][key] for key in schema.keys_of(Health.__init__)}
             ),
+            **named,
         )
     trainer.sharded = plan["stage"] == 3
     if config["eval"]["during"]:
