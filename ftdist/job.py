@@ -173,6 +173,8 @@ def plan(
     if rows is None and asked:
         held_out = 0.0 if config["data"]["validation"] else config["data"]["validation_share"]
         guess = look.estimated(config["data"]["path"], examples, train["max_length"], train["packing"], held_out)
+        if guess is not None and config["data"]["replay_share"] is not None:
+            guess = max(round(guess / (1 - config["data"]["replay_share"])), 1)
     batch = batch_arithmetic(
         per_device_train_batch_size=train["per_device_train_batch_size"],
         gradient_accumulation_steps=train["gradient_accumulation_steps"],
@@ -364,7 +366,8 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         print("no row is held out: no held-out loss", flush=True)
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     print(
-        f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}",
+        f"data: {report['train']:,} rows to train on{_general(report)}, {report['validation']:,} held out; "
+        f"{made['arithmetic'][-1]}",
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
@@ -374,6 +377,11 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
+
+
+def _general(report: dict[str, Any]) -> str:
+    replay = report.get("replay")
+    return f" ({replay['rows']:,} of them general, {replay['share']:.2%} of the tokens)" if replay else ""
 
 
 def write_engine(config: dict[str, Any], run_dir: Path) -> None:

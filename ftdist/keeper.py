@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -194,6 +195,9 @@ class Keeper(TrainerCallback):
                 total = sum(_own_file(path, r)["loss_since_log"] for r in range(manifest["world_size"]))
                 trainer._tr_loss.fill_(total / manifest["world_size"])
             trainer._globalstep_last_logged = manifest["last_logged"]
+            if trainer.parts is not None and self.main:  # sums over all ranks, whoever has them
+                parts = [_own_file(path, r)["parts_since_log"] for r in range(manifest["world_size"])]
+                trainer.parts += torch.tensor(parts, dtype=trainer.parts.dtype, device=trainer.parts.device).sum(0)
             trainer.health.norms.extend(_own_file(path, 0)["norms"])
             known = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["stateful_callbacks"]
             for callback in self._stateful():
@@ -302,6 +306,7 @@ class Keeper(TrainerCallback):
                 "random": random_plain,
                 "norms": list(trainer.health.norms),
                 "loss_since_log": float(trainer._tr_loss),
+                "parts_since_log": trainer.parts.tolist() if trainer.parts is not None else None,
                 "schedule": _schedule(trainer).state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }

@@ -152,6 +152,7 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
                           f"perplexity {logs['eval_perplexity']:.4g}", keep=True)  # fmt: skip
             elif "loss" in logs:
                 row = {"step": step, **{k: logs.get(k) for k in COLUMNS}, "epoch": logs.get("epoch")}
+                row |= {k: v for k, v in logs.items() if k not in row}
                 self._record({**row, "memory_gib": round(memory_gib(), 4)})
                 self._say(self._line(step, state.max_steps, logs), keep=step >= state.max_steps)
 
@@ -175,7 +176,7 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
                 pace = (time.monotonic() - self.started[1]) / (step - self.started[0])
                 left = f" · {duration(pace * (steps - step))} left"
             return (
-                f"step {step}/{steps} · loss {logs['loss']:.4f} · lr {logs['learning_rate']:.2e} · "
+                f"step {step}/{steps} · loss {logs['loss']:.4f}{_of_parts(logs)} · lr {logs['learning_rate']:.2e} · "
                 f"{logs['tokens_per_second']:,.0f} tokens/s · {memory_gib():.2f} GiB{left}"
             )
 
@@ -188,6 +189,12 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
             out.flush()
 
     return Follow()
+
+
+def _of_parts(logs: dict[str, Any]) -> str:
+    if "loss_general" not in logs:
+        return ""
+    return f" (target {logs['loss_target']:.4f}, general {logs['loss_general']:.4f})"
 
 
 def memory_gib() -> float:

@@ -24,11 +24,14 @@ from ftdist.state import engines
 PROBE = 16  # tokens of a sequence in the self-check before the first step
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(
+    rows: Sequence[Mapping[str, Any]], pad_id: int, general: frozenset[int] = frozenset()
+) -> dict[str, torch.Tensor]:
     """Rows of `input_ids`, `labels`, `lengths` → tensors (B, L). No attention mask anywhere.
 
     Positions restart at every sequence, which is what keeps packed sequences apart; padding is one more sequence
     at the end. `targets` are the labels shifted by one. `tokens` (B,) counts what is no padding.
+    general: numbers of the sources of replayed data; `general` (B, L) then marks the targets that are theirs.
     """
     length = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), length), pad_id)
@@ -43,7 +46,15 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.T
             position_ids[i, start : start + segment] = torch.arange(segment)
             start += segment
     tokens = torch.tensor([0 if row.get("filler") else len(row["input_ids"]) for row in rows])
-    return {"input_ids": input_ids, "position_ids": position_ids, "targets": targets, "tokens": tokens}
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "targets": targets, "tokens": tokens}
+    if general:
+        batch["general"] = torch.zeros((len(rows), length), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            if not row.get("filler"):
+                own = torch.tensor([source in general for source in row["sources"]])
+                mine = own.repeat_interleave(torch.tensor(row["lengths"]))
+                batch["general"][i, : len(mine) - 1] = mine[1:]
+    return batch
 
 
 def takes_positions(model: Any) -> bool:
@@ -68,6 +79,7 @@ class TokenTrainer(Trainer):
         trainable: int,
         keeper: Keeper,
         health: Health,
+        replay: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, **kwargs)
@@ -90,6 +102,8 @@ class TokenTrainer(Trainer):
         self.takes_positions = takes_positions(model)
         self.examined = False
         self.tokens = 0  # on this rank, padding not counted
+        # loss and tokens since the last log on this rank: of all targets, of the general ones
+        self.parts = torch.zeros(4, dtype=torch.float64, device=self.args.device) if replay else None
         self.clock = (0, 0.0)  # tokens over all ranks and time at the last log
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -138,15 +152,29 @@ class TokenTrainer(Trainer):
         assert not return_outputs and num_items_in_batch is not None
         if not self.examined:
             self._examine(model, inputs)
-        loss = self._summed_loss(model, inputs) / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        total = self._summed_loss(model, inputs, self.parts)
+        loss = total / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
         self.step_losses.append(loss.detach())
         return loss
 
-    def _summed_loss(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _summed_loss(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], parts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """parts: what the sums and numbers of all and of the general targets are added to."""
         targets = inputs["targets"]
-        with self.head.answering(targets if self.head.usable else None):
+        head = self.head
+        marked = () if parts is None else (inputs["general"], parts[1])
+        with head.answering(*(targets, *marked) if head.usable else (None,)):
             output = self._forward(model, inputs["input_ids"], inputs["position_ids"])
-        return output if self.head.usable else full_loss(output, targets, self.head.smoothing, self.head.kind)
+        total = output if head.usable else full_loss(output, targets, head.smoothing, head.kind)
+        if parts is not None:
+            general = targets.masked_fill(~inputs["general"], IGNORED)
+            if not head.usable:
+                parts[1] += full_loss(output.detach(), general, head.smoothing, head.kind)
+            parts[0] += total.detach()
+            parts[2] += (targets != IGNORED).sum()
+            parts[3] += (general != IGNORED).sum()
+        return total
 
     def _forward(self, model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         positions = {"position_ids": position_ids} if self.takes_positions else {}
@@ -326,6 +354,12 @@ class TokenTrainer(Trainer):
             logs["tokens"] = tokens
             logs["tokens_per_second"] = (tokens - before) / (now - then) if then else 0.0
             self.clock = (tokens, now)
+            if self.parts is not None:
+                every, general, count, of_general = self.accelerator.reduce(self.parts, "sum").tolist()
+                self.parts.zero_()
+                target = count - of_general
+                logs["loss_target"] = (every - general) / target if target else math.nan
+                logs["loss_general"] = general / of_general if of_general else math.nan
             self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves NaN of a NaN
         super().log(logs, start_time)
 

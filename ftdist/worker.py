@@ -67,6 +67,8 @@ def train(run_dir: Path) -> int:
         model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
 
     data = Path(plan["prepared"])
+    sources = json.loads((data / "data_report.json").read_text(encoding="utf-8"))["sources"]
+    general = frozenset(number for number, source in enumerate(sources) if source["kind"] == "replay")
     template = (data / "chat_template.jinja").read_text(encoding="utf-8")
     if template:
         tokenizer.chat_template = template  # the one that was trained on is the one that is saved
@@ -91,7 +93,8 @@ def train(run_dir: Path) -> int:
             trainable=plan["trainable_parameters"],
             train_dataset=datasets.load_from_disk(str(data / "train")),
             eval_dataset=datasets.load_from_disk(str(data / "validation")),
-            data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
+            data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0, general=general),
+            replay=bool(general),
             callbacks=list(recipe.callbacks),
             keeper=keep,
             health=Health(

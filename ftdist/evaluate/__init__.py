@@ -139,6 +139,8 @@ def _prepared(
         "near_duplicates": "off",
         "decontaminate": False,
         "against": None,
+        **dict.fromkeys(("replay", "replay_share")),
+        "replay_repeats": 1,
         "stratify": False,
         "chat_template": "tokenizer",
         **dict.fromkeys(("min_answer", "max_answer", "max_repetition", "max_markup", "scripts")),
