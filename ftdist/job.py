@@ -17,6 +17,7 @@ from ftdist import (
     checkpoint,
     forecast,
     health,
+    judge,
     launcher,
     lease,
     models,
@@ -37,8 +38,8 @@ from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "health", "eval",
-          "export", "chat", "tracking")  # fmt: skip
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "stopping",
+          "health", "eval", "export", "chat", "tracking")  # fmt: skip
 ROLL_BACKS = 3  # from one checkpoint, before it is given up
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
@@ -83,6 +84,7 @@ def check(config: dict[str, Any]) -> None:
     schema.check("task", config["task"], _task)
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
+    schema.check("stopping", config["stopping"], judge.settings)
     stops.Limit(config["train_until"])
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
@@ -93,6 +95,14 @@ def check(config: dict[str, Any]) -> None:
     schema.check("engine", config["engine"], engine)
     engine(**config["engine"])  # looks at the keys for DeepSpeed
     schema.check("tracking", config["tracking"], tracking.function(config["tracking"].get("name")))
+    judge.check(
+        config["stopping"],
+        eval_strategy=config["train"]["eval_strategy"],
+        schedule=config["train"]["lr_scheduler_type"],
+        retention=bool(config["eval"]["retention"]),
+        saves=config["engine"]["name"] != "zero3_nvme",
+        answers=evaluation.recorded(config["eval"]),
+    )
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
     schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
@@ -363,7 +373,10 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         if config["eval"]["during"]:
             raise UserError("eval.during: no row is held out; set data.validation_share or data.validation")
         config["train"]["eval_strategy"] = "no"
+        check({**config, "run_dir": str(run_dir)})  # what needs an evaluation cannot be
         print("no row is held out: no held-out loss", flush=True)
+    retention = evaluation.retention_data(config)
+    evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     print(
         f"data: {report['train']:,} rows to train on{_general(report)}, {report['validation']:,} held out; "
@@ -373,7 +386,9 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     rundir.write_json(run_dir / "data_report.json", report)
     rundir.write_json(run_dir / bases.FILE, bases.fingerprint(model["path"]))
     rundir.write_json(run_dir / "env.json", rundir.environment())
-    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
+    rundir.write_json(
+        run_dir / "plan.json", {**made, "prepared": str(prepared), "retention": retention, "id": uuid.uuid4().hex[:12]}
+    )
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)

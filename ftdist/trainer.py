@@ -95,6 +95,7 @@ class TokenTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole global batch
         self.loss_is_scaled_for_ga = True
         self.packing = packing
+        self.retention: Mapping[str, Any] = {}  # rows of each general set that is measured at every evaluation
         self.examiner: Any = None  # answers held-out rows at every evaluation, if there is one
         self.sharded = False  # weights are in pieces over the ranks (ZeRO-3)
         self.trainable = trainable  # elements that the plan said would be trained
@@ -234,6 +235,44 @@ class TokenTrainer(Trainer):
     ) -> dict[str, float]:
         """Mean loss over all supervised held-out tokens and its perplexity; each row counts once on one rank."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        loss = self._held_out_loss(rows)
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700))}
+        metrics |= self.retained()
+        if self.examiner is not None:
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            plain = self.accelerator.unwrap_model(self.model_wrapped)
+            with self.compute_loss_context_manager():
+                answered = self.examiner.examine(plain, rank, world, self.sharded, self.keeper.asked_to_stop)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in answered.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def retained(self) -> dict[str, float]:
+        """Losses on the general sets, their mean, and how much each has risen over the base's, as a share."""
+        metrics: dict[str, float] = {}
+        for name, rows in self.retention.items():
+            if self.keeper.asked_to_stop():
+                raise AskedToStop
+            metrics[name] = self._held_out_loss(rows)
+        judge = self.keeper.judge
+        changes = {name: judge.change(name, loss) for name, loss in metrics.items()} if judge is not None else {}
+        if len(metrics) > 1:
+            metrics["eval_retention_loss"] = sum(metrics.values()) / len(metrics)
+        return metrics | {f"{n.removesuffix('_loss')}_change": c for n, c in changes.items() if c is not None}
+
+    def _measure_base(self) -> None:
+        """Losses on the general sets before the first step, which is the base's knowledge of them."""
+        try:
+            metrics = self.retained()
+        except AskedToStop:
+            self.keeper.gave_up_base(self.control)
+            return
+        self.keeper.base_measured(metrics)
+        self.log(metrics)
+
+    def _held_out_loss(self, rows: Any) -> float:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         size = self.args.per_device_eval_batch_size
         model = self.model_wrapped
@@ -247,20 +286,14 @@ class TokenTrainer(Trainer):
             if wanted[0] >= len(rows):  # nothing left for this rank, but sharded forwards need every rank
                 batch["targets"].fill_(IGNORED)
             batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                if not self.examined:  # nothing was trained in this start yet
+                    self._examine(model, batch)
             with self.head.plain(), self.compute_loss_context_manager():
                 totals[0] += self._summed_loss(model, batch).double().sum()
             totals[1] += (batch["targets"] != IGNORED).sum()
         totals = self.accelerator.reduce(totals, "sum")
-        loss = float(totals[0] / totals[1].clamp(min=1))
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700))}
-        if self.examiner is not None:
-            plain = self.accelerator.unwrap_model(model)
-            with self.compute_loss_context_manager():
-                answered = self.examiner.examine(plain, rank, world, self.sharded, self.keeper.asked_to_stop)
-            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in answered.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return float(totals[0] / totals[1].clamp(min=1))
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -319,9 +352,11 @@ class TokenTrainer(Trainer):
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.retention and self.keeper.wants_base():
+            self._measure_base()
         if self.keeper.evaluation_pending:
             self._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last step
+        if self.state.global_step >= self.state.max_steps or self.keeper.ended_early():  # resumed after the last step
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
@@ -331,8 +366,8 @@ class TokenTrainer(Trainer):
             self._evaluate(trial, None)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        return bool(metrics) and super()._determine_best_metric(metrics, trial)  # none of an evaluation given up
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:  # noqa: ARG002  (a hook)
+        return False  # the keeper's judge decides
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         try:
