@@ -18,6 +18,7 @@ from ftdist import (
     checkpoint,
     forecast,
     health,
+    judge,
     launcher,
     lease,
     models,
@@ -41,8 +42,8 @@ from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "health", "eval",
-          "export", "chat", "tracking")  # fmt: skip
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "stopping",
+          "health", "eval", "export", "chat", "tracking")  # fmt: skip
 ROLL_BACKS = 3  # from one checkpoint, before it is given up
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
@@ -87,8 +88,12 @@ def check(config: dict[str, Any]) -> None:
     schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
     if config["task"]["name"] == "dpo":
         align.check(config["task"], config["train"])
+        if config["data"]["replay"] is not None:
+            raise UserError(f"data.replay={config['data']['replay']}: task=dpo learns from pairs, replayed data are not "
+                            "pairs; leave it out, or replay in the task=sft run before it")  # fmt: skip
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
+    schema.check("stopping", config["stopping"], judge.settings)
     stops.Limit(config["train_until"])
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
@@ -99,6 +104,14 @@ def check(config: dict[str, Any]) -> None:
     schema.check("engine", config["engine"], engine)
     engine(**config["engine"])  # looks at the keys for DeepSpeed
     schema.check("tracking", config["tracking"], tracking.function(config["tracking"].get("name")))
+    judge.check(
+        config["stopping"],
+        eval_strategy=config["train"]["eval_strategy"],
+        schedule=config["train"]["lr_scheduler_type"],
+        retention=bool(config["eval"]["retention"]),
+        saves=config["engine"]["name"] != "zero3_nvme",
+        answers=evaluation.recorded(config["eval"]),
+    )
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
     schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
@@ -202,6 +215,8 @@ def plan(
     if rows is None and asked:
         held_out = 0.0 if config["data"]["validation"] else config["data"]["validation_share"]
         guess = look.estimated(config["data"]["path"], examples, train["max_length"], train["packing"], held_out)
+        if guess is not None and config["data"]["replay_share"] is not None:
+            guess = max(round(guess / (1 - config["data"]["replay_share"])), 1)
     batch = batch_arithmetic(
         per_device_train_batch_size=train["per_device_train_batch_size"],
         gradient_accumulation_steps=train["gradient_accumulation_steps"],
@@ -417,10 +432,14 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         if config["eval"]["during"]:
             raise UserError("eval.during: no row is held out; set data.validation_share or data.validation")
         config["train"]["eval_strategy"] = "no"
+        check({**config, "run_dir": str(run_dir)})  # what needs an evaluation cannot be
         print("no row is held out: no held-out loss", flush=True)
+    retention = evaluation.retention_data(config)
+    evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     print(
-        f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}",
+        f"data: {report['train']:,} rows to train on{_general(report)}, {report['validation']:,} held out; "
+        f"{made['arithmetic'][-1]}",
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
@@ -434,10 +453,17 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         quantization = recipe_of(config, shapes_of(model), measured=True).quantization
         computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
         made["reference_key"] = align.key(weights, prepared.name, computed)
-    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
+    rundir.write_json(
+        run_dir / "plan.json", {**made, "prepared": str(prepared), "retention": retention, "id": uuid.uuid4().hex[:12]}
+    )
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
+
+
+def _general(report: dict[str, Any]) -> str:
+    replay = report.get("replay")
+    return f" ({replay['rows']:,} of them general, {replay['share']:.2%} of the tokens)" if replay else ""
 
 
 def write_engine(config: dict[str, Any], run_dir: Path) -> None:

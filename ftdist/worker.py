@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import lease, rundir, schema, start, stops
+from ftdist import judge, lease, rundir, schema, start, stops
 from ftdist.errors import FAILED, OK, STOPPED, USAGE, Failed, UserError
 
 
@@ -35,17 +35,17 @@ def train(run_dir: Path) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ftdist import keeper, models, parity, tracking
+    from ftdist import evaluate, keeper, models, parity, tracking
     from ftdist.evaluate.during import Examiner
     from ftdist.evaluate.generate import positions_of
     from ftdist.health import Health
+    from ftdist.judge import Judge
     from ftdist.measure import Meter
     from ftdist.plan.shapes import model_shapes
     from ftdist.ranks import Ranks
     from ftdist.save import save_final
     from ftdist.strategies import Base, find
-    from ftdist.trainer import TokenTrainer
-    from ftdist.trainer import collate as collate
+    from ftdist.trainer import TokenTrainer, collate
     from ftdist.watch import Watch
 
     path, revision, remote = (config["model"][key] for key in ("path", "revision", "trust_remote_code"))
@@ -69,9 +69,12 @@ def train(run_dir: Path) -> int:
         model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
 
     data = Path(plan["prepared"])
+    sources = json.loads((data / "data_report.json").read_text(encoding="utf-8"))["sources"]
+    general = frozenset(number for number, source in enumerate(sources) if source["kind"] == "replay")
     template = (data / "chat_template.jinja").read_text(encoding="utf-8")
     if template:
         tokenizer.chat_template = template  # the one that was trained on is the one that is saved
+    judging = Judge(**config["stopping"])
     keep = keeper.Keeper(
         run_dir,
         ranks,
@@ -80,17 +83,20 @@ def train(run_dir: Path) -> int:
         plan["checkpoint_bytes"],
         stops.Limit(config["train_until"]),
         watch.progress,
+        judging,
         **config["checkpoint"],
     )
     if checkpoint:
         keep.resume(*checkpoint)
     kind: Any = TokenTrainer
+    pad_id = tokenizer.pad_token_id or 0
+    collate_rows: Any = partial(collate, general=general)
     rows = [datasets.load_from_disk(str(data / split)) for split in ("train", "validation")]
     named: dict[str, Any] = {}
     if config["task"]["name"] == "dpo":
         from ftdist.align import setup
 
-        kind, collate, rows = setup.PreferenceTrainer, setup.collate_pairs, [setup.PairRows(part) for part in rows]
+        kind, collate_rows, rows = setup.PreferenceTrainer, setup.collate_pairs, [setup.PairRows(part) for part in rows]
         named = setup.keys(run_dir, config, plan, token, recipe)
     with models.partly_quantized(model):
         trainer = kind(
@@ -101,7 +107,8 @@ def train(run_dir: Path) -> int:
             trainable=plan["trainable_parameters"],
             train_dataset=rows[0],
             eval_dataset=rows[1],
-            data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
+            data_collator=partial(collate_rows, pad_id=pad_id),
+            replay=bool(general),
             callbacks=list(recipe.callbacks),
             keeper=keep,
             health=Health(
@@ -110,6 +117,12 @@ def train(run_dir: Path) -> int:
             **named,
         )
     trainer.sharded = plan["stage"] == 3
+    if evaluate.retention_while_training(config["eval"], config["stopping"]):
+        trainer.text_collator = partial(collate, pad_id=pad_id)
+        trainer.retention = {
+            f"eval_{evaluate.of_set(name)}_loss": datasets.load_from_disk(str(Path(folder) / "validation"))
+            for name, folder in plan["retention"].items()
+        }
     if config["eval"]["during"]:
         trainer.examiner = Examiner(
             data, config["eval"]["during"], tokenizer, positions_of(model), config["seed"], config["eval"]
@@ -123,7 +136,8 @@ def train(run_dir: Path) -> int:
         if checkpoint:
             rundir.record(run_dir, token, "resume", checkpoint[1]["step"], checkpoint=checkpoint[0].name)
             print(f"going on from {checkpoint[0].name}", flush=True)
-            tracking.forget_after(run_dir, checkpoint[1]["step"])
+            again = checkpoint[1]["evaluation_pending"] or checkpoint[1]["initial"]
+            tracking.forget_after(run_dir, checkpoint[1]["step"], again)
         else:
             rundir.record(run_dir, token, "start", 0)
         log, finish = tracking.start(run_dir, config)
@@ -131,7 +145,10 @@ def train(run_dir: Path) -> int:
     trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     keep.close()
     watch.pause()
+    final_step = trainer.state.global_step
     if keep.stopping is None:
+        if config["stopping"]["restore_best"]:
+            final_step = keep.restore_best()
         parity.record(trainer, run_dir, main)
         if plan["stage"] == 3:
             engine: Any = trainer.model_wrapped
@@ -146,6 +163,8 @@ def train(run_dir: Path) -> int:
         name = "finished" if keep.stopping is None else "stopped"
         rundir.record(run_dir, token, name, trainer.state.global_step, reason=keep.stopping)
         outcome = {"outcome": name, "reason": keep.stopping, "step": trainer.state.global_step}
+        if keep.stopping is None:
+            outcome |= {"final_step": final_step, "ended_early": judging.memory.stop}
         with lease.guarded(run_dir, token):
             rundir.write_json(run_dir / "outcome.json", {**outcome, "status": OK if keep.stopping is None else STOPPED})
     if finish:
@@ -171,6 +190,11 @@ def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, An
         # Without it DDP regroups its buckets after a start's first step: over three ranks and more, sums would be made
         # in another order after a resume.
         values["ddp_find_unused_parameters"] = True
+    if values["lr_scheduler_type"] in judge.PLATEAUS:
+        stopping, keywords = config["stopping"], values.get("lr_scheduler_kwargs") or {}
+        values["metric_for_best_model"] = stopping["metric"]  # what transformers gives the schedule
+        if judge.sign(stopping["metric"], stopping["direction"]) < 0:
+            values["lr_scheduler_kwargs"] = {"mode": "max", **keywords}
     settings = run_dir / "deepspeed.json"
     arguments = SFTConfig(
         **values,

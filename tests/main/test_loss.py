@@ -131,7 +131,7 @@ def rows(lengths, seed=0):
     return made
 
 
-def trainer(model, directory, data, *, packing=False, loss_type="nll", **arguments):
+def trainer(model, directory, data, *, packing=False, loss_type="nll", replay=False, **arguments):
     settings = {
         "output_dir": str(directory),
         "use_cpu": True,
@@ -155,6 +155,7 @@ def trainer(model, directory, data, *, packing=False, loss_type="nll", **argumen
         args=TrainingArguments(**settings),
         packing=packing,
         loss_type=loss_type,
+        replay=replay,
         trainable=models.trainable_elements(model),
         train_dataset=data,
         eval_dataset=data,
