@@ -16,6 +16,7 @@ from ftdist import (
     chat,
     checkpoint,
     forecast,
+    forgetting,
     health,
     launcher,
     lease,
@@ -37,8 +38,8 @@ from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "health", "eval",
-          "export", "chat", "tracking")  # fmt: skip
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "health",
+          "forgetting", "eval", "export", "chat", "tracking")  # fmt: skip
 ROLL_BACKS = 3  # from one checkpoint, before it is given up
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
@@ -83,6 +84,7 @@ def check(config: dict[str, Any]) -> None:
     schema.check("task", config["task"], _task)
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
+    schema.check("forgetting", config["forgetting"], forgetting.function(config["forgetting"].get("name")))
     stops.Limit(config["train_until"])
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
@@ -168,6 +170,8 @@ def plan(
         max_length=train["max_length"],
         packing=train["packing"],
     )
+    if forgetting.is_on(config["forgetting"]):
+        forgetting.refuse(config["forgetting"], engine, recipe.peft)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if rows is None and asked:
@@ -348,7 +352,8 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     model = config["model"]
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
-    prepared = prepared_data(config)
+    weights = bases.fingerprint(model["path"])
+    prepared, general = prepared_data(config), general_data(config, forgetting.identity(weights["files"]))
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
@@ -368,9 +373,10 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
-    rundir.write_json(run_dir / bases.FILE, bases.fingerprint(model["path"]))
+    rundir.write_json(run_dir / bases.FILE, weights)
     rundir.write_json(run_dir / "env.json", rundir.environment())
-    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
+    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "general": general,
+                                                "id": uuid.uuid4().hex[:12]})  # fmt: skip
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
@@ -449,6 +455,26 @@ def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
         seed=config["seed"],
         cache_dir=rundir.cache_root() / "data",
     )
+
+
+def general_data(config: dict[str, Any], model: str) -> str | None:
+    """The prepared data that a Fisher is to be measured on, one sequence a row; None where none is.
+
+    model: the identity of the weights; UserError if a Fisher is given that is of others.
+    """
+    keys = config["forgetting"]
+    if not forgetting.is_on(keys):
+        if keys["name"] == "ewc":
+            print(forgetting.said(keys, False), flush=True)
+        return None
+    if keys["fisher"] is not None:
+        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"])
+        return None
+    data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
+    try:
+        return str(prepared_data({**config, "data": data, "train": {**config["train"], "packing": False}}))
+    except UserError as failure:
+        raise UserError(str(failure).replace("data.path=", "forgetting.data="))
 
 
 def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:

@@ -152,6 +152,7 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
                           f"perplexity {logs['eval_perplexity']:.4g}", keep=True)  # fmt: skip
             elif "loss" in logs:
                 row = {"step": step, **{k: logs.get(k) for k in COLUMNS}, "epoch": logs.get("epoch")}
+                row |= {k: v for k, v in logs.items() if k not in row}
                 self._record({**row, "memory_gib": round(memory_gib(), 4)})
                 self._say(self._line(step, state.max_steps, logs), keep=step >= state.max_steps)
 

@@ -84,6 +84,7 @@ class TokenTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.packing = packing
         self.examiner: Any = None  # answers held-out rows at every evaluation, if there is one
+        self.consolidation: Any = None  # holds weights near their start, if anything does (EWC)
         self.sharded = False  # weights are in pieces over the ranks (ZeRO-3)
         self.trainable = trainable  # elements that the plan said would be trained
         self.head = Head(model, self.args.label_smoothing_factor, "dft" if loss_type == "dft" else "nll")
@@ -281,6 +282,8 @@ class TokenTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         _, base = engines(self.optimizer)
+        if self.consolidation is not None:
+            self.consolidation.begin(self)
         self.health.guard(base, self._norm, lambda: self.state.global_step + 1)
         if getattr(self.optimizer, "scaler", None) is not None:  # accelerate has kept the step as it was
             wrapper: Any = self.optimizer
@@ -326,6 +329,8 @@ class TokenTrainer(Trainer):
             logs["tokens"] = tokens
             logs["tokens_per_second"] = (tokens - before) / (now - then) if then else 0.0
             self.clock = (tokens, now)
+            if self.consolidation is not None:
+                logs["ewc_penalty"] = self.consolidation.penalty()
             self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves NaN of a NaN
         super().log(logs, start_time)
 

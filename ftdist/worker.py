@@ -34,7 +34,7 @@ def train(run_dir: Path) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ftdist import keeper, models, parity, tracking
+    from ftdist import ewc, forgetting, keeper, models, parity, tracking
     from ftdist.evaluate.during import Examiner
     from ftdist.evaluate.generate import positions_of
     from ftdist.health import Health
@@ -99,6 +99,13 @@ def train(run_dir: Path) -> int:
     if config["eval"]["during"]:
         trainer.examiner = Examiner(
             data, config["eval"]["during"], tokenizer, positions_of(model), config["seed"], config["eval"]
+        )
+    if forgetting.is_on(config["forgetting"]):
+        trainer.consolidation = ewc.Consolidation(
+            run_dir,
+            lambda: datasets.load_from_disk(str(Path(plan["general"]) / "train")),
+            forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft),
+            **schema.pick(ewc.Consolidation.__init__, config["forgetting"]),
         )
     if plan["stage"] and trainer.accelerator.distributed_type.value != "DEEPSPEED":
         raise RuntimeError("the launcher's environment keeps DeepSpeed out (unset ACCELERATE_USE_CPU)")
