@@ -90,14 +90,13 @@ class Drift:
     replicated = False
     anchors: Sequence[torch.Tensor] = ()
 
-    def __init__(self, model: Any, held: State, ranks: Ranks) -> None:
+    def __init__(self, model: Any, held: State, ranks: Ranks, device: torch.device) -> None:
         self.held, self.ranks = held, ranks
         self.modules: dict[str, Any] = {}
         self.adapters: list[Adapter] = []
         self.fisher: list[torch.Tensor] = []
         self.shapes: dict[str, list[int]] = {}
         self.places: dict[str, list[fisher.Place]] = {}
-        device = held.keys[0].device
         names = set(held.shapes)
         for path, module in model.named_modules():
             if not isinstance(getattr(module, "base_layer", None), torch.nn.Linear) or not module.lora_A:
@@ -164,7 +163,7 @@ class Drift:
         for segment in self.held.flats[self.numbers[id(tensor)]].segments:
             start = self.starts[segment.name] + segment.start
             values = self.whole[start : start + segment.length]
-            gradient[segment.offset : segment.offset + segment.length] += scale * values.to(gradient.dtype)
+            gradient[segment.offset : segment.offset + segment.length] += scale * values.to(gradient)
         return 0.0
 
     def over_ranks(self, penalty: float, ranks: Ranks) -> float:  # noqa: ARG002  (the forms' common shape)
@@ -217,7 +216,7 @@ class Consolidation:
         ranks: Ranks = trainer.keeper.ranks
         held = State(trainer.model, trainer.optimizer, ranks.rank, ranks.world)
         drift = self.drift and hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
-        self.form = Drift(trainer.model, held, ranks) if drift else Weights(trainer.model, held)
+        self.form = Drift(trainer.model, held, ranks, trainer.args.device) if drift else Weights(trainer.model, held)
         own = self.run_dir / forgetting.FOLDER
         resumed = trainer.keeper.resumed
         if resumed and not resumed[1]["initial"] and not own.is_dir():
@@ -264,7 +263,7 @@ class Consolidation:
         """From the cache if the same was measured before."""
         form = self.form
         decides = {**self.facts, "samples": self.samples, "batch": self.batch, "shapes": form.shapes,
-                   "dropped": trainer.args.seed}  # fmt: skip
+                   "seed": trainer.args.seed}  # fmt: skip
         key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:40]
         cached = rundir.cache_root() / forgetting.FOLDER / key
         if all(ranks.gather((cached / checkpoint.MANIFEST).is_file())):
@@ -315,4 +314,5 @@ class Consolidation:
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held for it on this rank."""
-        return [*self.form.fisher, *self.form.anchors] if self.form is not None else []
+        form = self.form
+        return [*form.fisher, *form.anchors, *([form.whole] if isinstance(form, Drift) else [])] if form else []

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +17,10 @@ from ftdist import base as bases
 from ftdist import checkpoint
 from ftdist.data.prepare import Part
 from ftdist.errors import UserError
+from ftdist.plan.states import Penalty
 from ftdist.schema import nearest
 
 FOLDER = "fisher"  # in the run directory, and in the cache
-ANCHOR_BYTES = 4  # θ* is in float32, as the optimizer's own weights are
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def none(*, name: Literal["none"]) -> None:
@@ -93,6 +91,14 @@ def said(keys: Mapping[str, Any], adapters: bool) -> str:
     return f"EWC {form}, λ={keys['strength']:g}"
 
 
+def planned(keys: Mapping[str, Any], adapters: bool) -> Penalty | None:
+    """What decides its memory; None where nothing is held."""
+    if not is_on(keys):
+        return None
+    drift = adapters and keys["adapters"] == "drift"
+    return Penalty(drift, keys["dtype"], keys["batch"], measured=keys["data"] is not None)
+
+
 def place(path: str, key: str) -> Path:
     """The folder of a Fisher: the path itself or the one inside a run. UserError if neither is one."""
     given = Path(path).expanduser().absolute()
@@ -148,13 +154,3 @@ def facts(
         "quantization": quantization,
         "adapters": dict(peft) if peft and keys["adapters"] == "plain" else None,
     }
-
-
-def bytes_of_rank(sizes: Iterable[int], stage: int, world: int, drift: bool, dtype: str) -> int:
-    """Bytes that a rank holds for the penalty. sizes: elements of each trained tensor; of each adapted one for `drift`.
-
-    A drift needs no anchor, and its Fisher is shared out over the ranks whatever the engine.
-    """
-    shared = drift or stage > 0
-    share = sum(math.ceil(size / world) if shared else size for size in sizes)
-    return share * (BYTES[dtype] + (0 if drift else ANCHOR_BYTES))

@@ -170,6 +170,7 @@ def plan(
         max_length=train["max_length"],
         packing=train["packing"],
     )
+    forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
         forgetting.refuse(config["forgetting"], engine, recipe.peft)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
@@ -207,8 +208,15 @@ def plan(
         "sequences_per_step": batch.sequences_per_step,
         "tokens_per_step": batch.tokens_per_step,
         "arithmetic": batch.arithmetic,
-        "files": FILES | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {}),
+        "files": FILES
+        | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {})
+        | (
+            {"fisher/": "which weights general data need, and where they were"}
+            if forgetting.is_on(config["forgetting"])
+            else {}
+        ),
         "command": [launcher.command(Path(config["run_dir"]))],
+        **({"forgetting": forgetting.said(config["forgetting"], recipe.peft is not None)} if forgets else {}),
         "advice": advice(
             strategy=config["strategy"]["name"],
             examples=examples,

@@ -30,6 +30,7 @@ class Plan(_Always, total=False):
 
     steps_per_epoch: int  # once the number of rows is known
     total_steps: int
+    forgetting: str  # what holds weights near their start, if anything does
     steps_are_a_guess: bool  # from the size of the data, nothing being prepared yet
     # what `forecast.py` adds
     device_peak_bytes: int  # of one rank, in its highest phase
