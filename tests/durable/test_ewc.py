@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import events, last_words, metrics, same, weights
+from runs import events, last_words, metrics, same
 
 from ftdist import state
 
@@ -102,7 +102,55 @@ def test_every_engine_adds_the_same(penalised, cell):
         assert sum(map(len, measured.values())) == plan["trainable_parameters"]
         anchors = kept(alone / "fisher", "weight")
         assert all(torch.equal(values, anchors[name]) for name, values in kept(run_dir / "fisher", "weight").items())
+    ranks = [
+        json.loads(file.read_text())["tensors"]["between"]["penalty"] for file in run_dir.glob("logs/*.memory.json")
+    ]
+    assert max(ranks) == plan["states"]["penalty"] > 0
     penalties = [row["ewc_penalty"] for row in steps(run_dir)]
     assert penalties[0] == 0 and penalties[-1] > 1e-4
     assert penalties == pytest.approx([row["ewc_penalty"] for row in steps(alone)], rel=1e-2)
     assert [row["loss"] for row in steps(run_dir)] == pytest.approx([r["loss"] for r in steps(alone)], rel=1e-3)
+
+
+def test_the_same_bits_after_a_stop(forks, penalised, on, tmp_path):
+    """Fisher and anchors come from the run's own files; files that have another bit are not trusted."""
+    expected = penalised("full", "zero2")
+    run_dir = forks.freeze(tmp_path / "run", *on("full", "zero2", 'train_until="step 2"'))
+    assert forks.start(run_dir) == [75, 75], last_words(run_dir)
+    assert forks.change(run_dir, "train_until=null") == 0
+    file = run_dir / "fisher" / "rank-00001.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert 93 in forks.start(run_dir) and "rank-00001.safetensors does not have the bytes" in last_words(run_dir)
+    hidden = (run_dir / "fisher").rename(tmp_path / "hidden")
+    assert 93 in forks.start(run_dir) and "not measured again for weights that have moved" in last_words(run_dir)
+    file = hidden.rename(run_dir / "fisher") / file.name
+    file.write_bytes(whole)
+    assert forks.start(run_dir) == [0, 0], last_words(run_dir)
+    assert [event["step"] for event in events(run_dir, "resume")][-1:] == [2]
+    same(run_dir, expected)
+
+
+def test_a_penalty_of_nothing_changes_no_bit(forks, on, words, untouched, tmp_path):
+    plain = untouched("full", "zero2", "train.max_steps=4")
+    run_dir = forks.freeze(tmp_path / "run", *on("full", "zero2", "forgetting.strength=0"))
+    assert forks.start(run_dir) == [0, 0], last_words(run_dir)
+    same(run_dir, plain)
+    assert "off" in json.loads((run_dir / "plan.json").read_text())["forgetting"] and not (run_dir / "fisher").exists()
+
+
+def test_a_fisher_serves_other_runs_and_grows_over_tasks(forks, penalised, on, tmp_path):
+    """One of two ranks under ZeRO-3 on one process; F = decay·F_earlier + F. Then one that lacks trained weights."""
+    first = penalised("full", "zero3")
+    given = (f"forgetting.fisher={first}", "forgetting.data=null")
+    run_dir = forks.freeze(
+        tmp_path / "run", *on("full", "single", *given, f"forgetting.earlier={first}/fisher", "forgetting.decay=0.5")
+    )
+    assert forks.start(run_dir, 1) == [0], last_words(run_dir)
+    before, after = kept(first / "fisher", "fisher"), kept(run_dir / "fisher", "fisher")
+    assert all(torch.equal(values, 1.5 * before[name]) for name, values in after.items())
+    assert steps(run_dir)[0]["loss"] == pytest.approx(steps(first)[0]["loss"], rel=1e-5)
+    less = penalised("spectrum", "single")
+    given = (f"forgetting.fisher={less}", "forgetting.data=null")
+    run_dir = forks.freeze(tmp_path / "less", *on("full", "single", *given))
+    assert forks.start(run_dir, 1) == [2] and "holds nothing of model." in last_words(run_dir)
