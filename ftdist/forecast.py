@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from ftdist import launcher, rundir, slurm
+from ftdist import forgetting, launcher, rundir, slurm
 from ftdist.errors import UserError
 from ftdist.plan.activations import family
 from ftdist.plan.hardware import Hardware, elsewhere, hardware
@@ -120,6 +120,7 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         background=config["checkpoint"]["background"],
         experts=_experts(shapes),
         stored=shapes.dtype if shapes.dtype in WIDTH else facts["loaded"],
+        penalty=forgetting.planned(config["forgetting"], peft is not None),
     )
 
 

@@ -17,6 +17,7 @@ from ftdist import (
     chat,
     checkpoint,
     forecast,
+    forgetting,
     health,
     judge,
     launcher,
@@ -43,7 +44,7 @@ from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
 GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "stopping",
-          "health", "eval", "export", "chat", "tracking")  # fmt: skip
+          "health", "forgetting", "eval", "export", "chat", "tracking")  # fmt: skip
 ROLL_BACKS = 3  # from one checkpoint, before it is given up
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
@@ -89,11 +90,12 @@ def check(config: dict[str, Any]) -> None:
     if config["task"]["name"] == "dpo":
         align.check(config["task"], config["train"])
         if config["data"]["replay"] is not None:
-            raise UserError(f"data.replay={config['data']['replay']}: task=dpo learns from pairs, replayed data are not "
-                            "pairs; leave it out, or replay in the task=sft run before it")  # fmt: skip
+            raise UserError(f"data.replay={config['data']['replay']}: task=dpo learns from pairs, replayed rows are "
+                            "none; leave it out, or replay in the task=sft run before it")  # fmt: skip
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
     schema.check("stopping", config["stopping"], judge.settings)
+    schema.check("forgetting", config["forgetting"], forgetting.function(config["forgetting"].get("name")))
     stops.Limit(config["train_until"])
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
@@ -210,6 +212,9 @@ def plan(
         max_length=train["max_length"],
         packing=train["packing"],
     )
+    forgets = config["forgetting"]["name"] != "none"
+    if forgetting.is_on(config["forgetting"]):
+        forgetting.refuse(config["forgetting"], engine, recipe.peft)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if rows is None and asked:
@@ -248,8 +253,15 @@ def plan(
         "sequences_per_step": batch.sequences_per_step,
         "tokens_per_step": batch.tokens_per_step,
         "arithmetic": batch.arithmetic,
-        "files": FILES | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {}),
+        "files": FILES
+        | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {})
+        | (
+            {"fisher/": "which weights general data need, and where they were"}
+            if forgetting.is_on(config["forgetting"])
+            else {}
+        ),
         "command": [launcher.command(run_dir) if local else ["sbatch", str(run_dir / slurm.SCRIPT)]],
+        **({"forgetting": forgetting.said(config["forgetting"], recipe.peft is not None)} if forgets else {}),
         "advice": advice(
             strategy=config["strategy"]["name"],
             examples=examples,
@@ -419,7 +431,9 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
     other = other_reference(config)
+    weights = bases.fingerprint(model["path"])
     prepared = prepared_data(config, run_dir=run_dir)
+    general = general_data(config, forgetting.identity(weights["files"]))
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
@@ -443,19 +457,17 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
-    fingerprint = bases.fingerprint(model["path"])
-    rundir.write_json(run_dir / bases.FILE, fingerprint)
+    rundir.write_json(run_dir / bases.FILE, weights)
     rundir.write_json(run_dir / "env.json", rundir.environment())
     if "reference" in made:
         # the base's files and its adapter are what training starts from, and with it the reference, unless it is other
         adapter = start.adapter(run_dir)
-        weights = [fingerprint["files"], bases.fingerprint(str(adapter))["files"] if adapter else None, other]
+        begins = [weights["files"], bases.fingerprint(str(adapter))["files"] if adapter else None, other]
         quantization = recipe_of(config, shapes_of(model), measured=True).quantization
         computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
-        made["reference_key"] = align.key(weights, prepared.name, computed)
-    rundir.write_json(
-        run_dir / "plan.json", {**made, "prepared": str(prepared), "retention": retention, "id": uuid.uuid4().hex[:12]}
-    )
+        made["reference_key"] = align.key(begins, prepared.name, computed)
+    frozen = {"prepared": str(prepared), "retention": retention, "general": general, "id": uuid.uuid4().hex[:12]}
+    rundir.write_json(run_dir / "plan.json", {**made, **frozen})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
@@ -556,6 +568,26 @@ def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Pat
         seed=config["seed"],
         cache_dir=rundir.cache_root() / "data",
     )
+
+
+def general_data(config: dict[str, Any], model: str) -> str | None:
+    """The prepared data that a Fisher is to be measured on, one sequence a row; None where none is.
+
+    model: the identity of the weights; UserError if a Fisher is given that is of others.
+    """
+    keys = config["forgetting"]
+    if not forgetting.is_on(keys):
+        if keys["name"] == "ewc":
+            print(forgetting.said(keys, False), flush=True)
+        return None
+    if keys["fisher"] is not None:
+        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"])
+        return None
+    data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
+    try:
+        return str(prepared_data({**config, "data": data, "train": {**config["train"], "packing": False}}))
+    except UserError as failure:
+        raise UserError(str(failure).replace("data.path=", "forgetting.data="))
 
 
 def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:

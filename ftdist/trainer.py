@@ -99,6 +99,7 @@ class TokenTrainer(Trainer):
         self.text_collator = self.data_collator  # of the general sets' rows, whatever the task's are
         self.retention: Mapping[str, Any] = {}  # rows of each general set that is measured at every evaluation
         self.examiner: Any = None  # answers held-out rows at every evaluation, if there is one
+        self.consolidation: Any = None  # holds weights near their start, if anything does (EWC)
         self.sharded = False  # weights are in pieces over the ranks (ZeRO-3)
         self.trainable = trainable  # elements that the plan said would be trained
         self.head = Head(model, self.args.label_smoothing_factor, "dft" if loss_type == "dft" else "nll")
@@ -356,6 +357,8 @@ class TokenTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         _, base = engines(self.optimizer)
+        if self.consolidation is not None:
+            self.consolidation.begin(self)
         self.health.guard(base, self._norm, lambda: self.state.global_step + 1)
         if getattr(self.optimizer, "scaler", None) is not None:  # accelerate has kept the step as it was
             wrapper: Any = self.optimizer
@@ -409,6 +412,8 @@ class TokenTrainer(Trainer):
                 target = count - of_general
                 logs["loss_target"] = (every - general) / target if target else math.nan
                 logs["loss_general"] = general / of_general if of_general else math.nan
+            if self.consolidation is not None:
+                logs["ewc_penalty"] = self.consolidation.penalty()
             self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves NaN of a NaN
         super().log(logs, start_time)
 

@@ -35,7 +35,7 @@ def train(run_dir: Path) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ftdist import evaluate, keeper, models, parity, tracking
+    from ftdist import evaluate, ewc, forgetting, keeper, models, parity, tracking
     from ftdist.evaluate.during import Examiner
     from ftdist.evaluate.generate import positions_of
     from ftdist.health import Health
@@ -117,8 +117,8 @@ def train(run_dir: Path) -> int:
             **named,
         )
     trainer.sharded = plan["stage"] == 3
+    trainer.text_collator = partial(collate, pad_id=pad_id)
     if evaluate.retention_while_training(config["eval"], config["stopping"]):
-        trainer.text_collator = partial(collate, pad_id=pad_id)
         trainer.retention = {
             f"eval_{evaluate.of_set(name)}_loss": datasets.load_from_disk(str(Path(folder) / "validation"))
             for name, folder in plan["retention"].items()
@@ -126,6 +126,13 @@ def train(run_dir: Path) -> int:
     if config["eval"]["during"]:
         trainer.examiner = Examiner(
             data, config["eval"]["during"], tokenizer, positions_of(model), config["seed"], config["eval"]
+        )
+    if forgetting.is_on(config["forgetting"]):
+        trainer.consolidation = ewc.Consolidation(
+            run_dir,
+            lambda: datasets.load_from_disk(str(Path(plan["general"]) / "train")),
+            forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft),
+            **schema.pick(ewc.Consolidation.__init__, config["forgetting"]),
         )
     if plan["stage"] and trainer.accelerator.distributed_type.value != "DEEPSPEED":
         raise RuntimeError("the launcher's environment keeps DeepSpeed out (unset ACCELERATE_USE_CPU)")
