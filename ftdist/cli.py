@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ftdist {__version__}")
         return OK
     if words[0] in ("train", "resume"):
-        _private_and_stoppable()
+        private_and_stoppable()
     try:
         verb = VERBS.get(words[0])
         if verb is None:
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
 
 
-def _private_and_stoppable() -> None:
+def private_and_stoppable() -> None:
     """What a run writes is its owner's; a signal that asks for an end outside training ends it in order."""
     import signal
     import time
@@ -92,23 +92,27 @@ def _private_and_stoppable() -> None:
 
 
 def train(argv: list[str]) -> int:
-    """One run, or with -m one after another."""
+    """One run, or with -m or sweep=search several."""
     from ftdist import compose, job
     from ftdist import resume as resuming
 
-    configs = compose.compose("train", argv)
-    for config in configs:  # everything is checked before anything starts
+    made = compose.several("train", argv)
+    if made.several or made.sweep.get("name") == "search":
+        from ftdist.sweep import start
+
+        start.start(made, argv)
+        return OK
+    for config in made.configs:
         job.ready(config)
-    for config in configs:
+        run_dir = Path(config["run_dir"]).expanduser().absolute()
         try:
-            run_dir = Path(config["run_dir"]).expanduser().absolute()
             if config["resume"] == "auto" and resuming.begun(run_dir, config):
                 resuming.resume(run_dir, config)
             else:
                 job.run(config, run_dir)
         except KeyboardInterrupt:
-            if Path(config["run_dir"], "config.yaml").is_file():
-                print(f"\nftdist: stopped; unfinished run in {config['run_dir']}", file=sys.stderr)
+            if (run_dir / "config.yaml").is_file():
+                print(f"\nftdist: stopped; unfinished run in {run_dir}", file=sys.stderr)
                 return INTERRUPTED
             raise
         print(f"run: {run_dir}")
@@ -116,12 +120,17 @@ def train(argv: list[str]) -> int:
 
 
 def resume(argv: list[str]) -> int:
-    """Go on with a run that was stopped or killed."""
+    """Go on with a run or a sweep that was stopped or killed."""
     from ftdist import resume
 
     if not argv or "=" in argv[0]:
         raise UserError("resume: which run? ftdist resume RUN [cluster.processes=4]")
     run_dir = Path(argv[0]).expanduser().absolute()
+    if (run_dir / "sweep.yaml").is_file():
+        from ftdist.sweep import start
+
+        start.go_on(run_dir, argv[1:])
+        return OK
     resume.from_words(run_dir, argv[1:])
     print(f"run: {run_dir}")
     return OK

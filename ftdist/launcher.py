@@ -193,7 +193,7 @@ def run(run_dir: Path, count: int, token: int, grace: float) -> None:
         try:
             # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
             child = subprocess.Popen(
-                command(run_dir), env=environment, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+                command(run_dir), env=environment, stderr=log, start_new_session=True, preexec_fn=end_with_parent
             )
             status = _wait(child, run_dir / "logs", grace)
         except KeyboardInterrupt:
@@ -270,7 +270,7 @@ def first_error(run_dir: Path) -> dict[str, Any]:
             "log": str(log), "status": FAILED}  # fmt: skip
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: should `ftdist` itself be killed, the kernel asks this process to stop (Linux, 1 = PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
