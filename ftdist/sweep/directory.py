@@ -63,9 +63,16 @@ def names(members: list[list[str]], first: int = 0) -> list[str]:
     width = max(2, len(str(first + len(members) - 1)))
     found = []
     for number, words in enumerate(members, first):
-        values = [re.sub(r"[^\w.+-]+", "_", word.partition("=")[2]).strip("_") for word in words]
+        values = [re.sub(r"[^\w.+-]+", "_", _short(word.partition("=")[2])).strip("_") for word in words]
         found.append("-".join([f"{number:0{width}}", *filter(None, values)])[:LONGEST].rstrip("-._"))
     return found
+
+
+def _short(value: str) -> str:
+    """A value for a name; of a number four digits."""
+    if not re.fullmatch(r"-?\d+\.\d{3,}(e-?\d+)?", value):
+        return value
+    return f"{float(value):.4g}"
 
 
 def is_sweep(path: Path) -> bool:
