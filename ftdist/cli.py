@@ -26,8 +26,9 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   chat  RUN [chat.key=value] talk to base and tuned next to each other
   report RUN… [--output FILE]  one self-contained page for a run, or one that compares several
   ls    [GROUP]              config groups, or the choices in one
-  doctor                     what this machine can do; --calibrate: measured, for plans; --fault-drill [--kills N]
-                             [overrides]: a run killed N times ends as an untouched one
+  doctor [--shared DIR] [--json]  what is wrong with this installation, machine and cluster, and what to do;
+                             --calibrate: measures it for plans; --fault-drill [--kills N] [overrides]: a run
+                             killed N times ends as an untouched one
   completion bash            eval "$(ftdist completion bash)" completes verbs, groups, choices and keys
 
 Overrides are Hydra's: model.path=DIR data.path=FILE strategy=lora engine=zero3 train.learning_rate=1e-4
@@ -228,9 +229,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def doctor(argv: list[str]) -> int:
-    """What this machine can do; or the fault drill, or measuring it for plans."""
-    from ftdist import doctor
-
+    """What is wrong with this installation and machine; or the fault drill, or measuring it for plans."""
     if argv == ["--calibrate"]:
         from ftdist import calibrate
 
@@ -242,16 +241,23 @@ def doctor(argv: list[str]) -> int:
         for name, value in (("--kills", kills), ("--seed", seed)):
             if value is not None and not value.isdigit():
                 raise UserError(f"{name}={value}: should be a whole number")
+        from ftdist import doctor
+
         words = [word for word in argv if word != "--fault-drill"]
         doctor.fault_drill(words, int(kills or 5), int(seed or 0))
         return OK
+    as_json = "--json" in argv
+    argv, shared = _option([word for word in argv if word != "--json"], "--shared", "which directory? --shared DIR")
     if argv or kills or seed:
         raise UserError(
-            f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--calibrate | --fault-drill [--kills N]]"
+            f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--shared DIR] [--json] | --calibrate | "
+            "--fault-drill [--kills N]"
         )
-    for subject, found in doctor.findings():
-        print(f"{subject:<14}{found}")
-    return OK
+    from ftdist import checkup
+
+    found = list(checkup.findings(Path(shared).expanduser().absolute() if shared else None))
+    print(checkup.text(found, as_json))
+    return FAILED if any(finding.level == checkup.WRONG for finding in found) else OK
 
 
 def export(argv: list[str]) -> int:
