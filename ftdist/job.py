@@ -342,8 +342,11 @@ def settle(cluster: dict[str, Any], hardware_name: str) -> None:
     cluster |= slurm.resolved(**keys, cpu=hardware_name == "cpu", known=hardware_name != "auto")
 
 
-def ready(config: dict[str, Any]) -> None:
-    """Refuse, before anything is made, what is wrong or cannot work on this machine."""
+def ready(config: dict[str, Any], known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Refuse, before anything is made, what is wrong or cannot work on this machine; the plan.
+
+    known: the plan of another member of a sweep, which is this one's too.
+    """
     if config["resume"] == "auto" and config["run_dir"] is None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     decide(config)
@@ -358,10 +361,12 @@ def ready(config: dict[str, Any]) -> None:
         raise UserError(
             f"hardware={config['hardware']['name']}: this machine has {kind}s; leave it out (ftdist plan takes it)"
         )
-    made = dict(plan(config))
-    forecast.refuse_what_cannot_fit(made, config["must_fit"])
+    made = known or dict(plan(config))
+    if known is None:
+        forecast.refuse_what_cannot_fit(made, config["must_fit"])
     place = next(folder for folder in Path(config["run_dir"]).absolute().parents if folder.is_dir())
     forecast.refuse_without_disk(made, config["run_dir"], shutil.disk_usage(place).free, config["must_fit"])
+    return made
 
 
 def run(config: dict[str, Any], run_dir: Path) -> None:
