@@ -362,9 +362,11 @@ def from_words(words: list[str]) -> Path:
     told += [f"cluster.gpus={gpus}"]
     if gpus and (facts := launcher.gpu_facts()):
         told += [f"cluster.gpu_type='{facts[0]}'"]
-    for key in ("cluster.nodes", "cluster.gpus"):
-        if key in given:
-            raise UserError(f"{key}: the options of sbatch say it; leave it out")
+    told_by_sbatch = {"name", "nodes"}.union(*map(schema.keys_of, (slurm.options, slurm.setup, slurm.submission)))
+    for key in sorted(given):
+        if key == "cluster" or key.removeprefix("cluster.") in told_by_sbatch and key.startswith("cluster."):
+            raise UserError(f"{key}: read when a job is submitted by ftdist train; give it to sbatch, or put it into the "
+                            "script")  # fmt: skip
     (config,) = compose.compose("train", ["cluster=slurm", *words, *told])
     job.check(config)
     if config["run_dir"] is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,8 @@ def jobs_of(runs: Sequence[Path]) -> dict[Path, dict[str, slurm.Job]]:
     for run_dir in runs:
         known = rundir.read_json(run_dir / JOB)
         numbers[run_dir] = [str(known[key]) for key in ("job", "prepare") if known.get(key)]
-    jobs = slurm.jobs(sorted({number for own in numbers.values() for number in own}))
+    here = shutil.which("squeue") is not None  # the files tell a part of it everywhere
+    jobs = slurm.jobs(sorted({number for own in numbers.values() for number in own})) if here else {}
     return {run_dir: {number: jobs[number] for number in own if number in jobs} for run_dir, own in numbers.items()}
 
 
