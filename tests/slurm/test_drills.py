@@ -130,7 +130,7 @@ def test_a_killed_first_node(on_slurm, clusters, words, local, tmp_path):
 
 
 def test_a_killed_daemon(on_slurm, clusters, words, local, tmp_path):
-    """SLURM gives up on a node whose ranks live on: they find that the run is not theirs any more, and write nothing."""
+    """SLURM gives up on a node whose ranks live on: they find that the run is not theirs, and write nothing."""
     four = clusters(NODES=4)
     run_dir = tmp_path / "run"
     job = submit(on_slurm, four, run_dir, *words, "engine=zero2", *NODES)
