@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install quickstart test test-slow drill check clean
+.PHONY: install quickstart test test-slow drill slurm-up slurm-down slurm-drill check clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,15 @@ test-slow: $(VENV)/.installed-test ## what does not fit the suite's time
 
 drill: $(VENV)/.installed-test ## kill and damage runs some 400 times, over strategies and engines; about an hour
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m slow tests/durable/test_long_drill.py
+
+slurm-up: ## a real SLURM of two nodes on this machine; prints `export SLURM_CONF=…`
+	@slurm/cluster.sh up
+
+slurm-down:
+	@slurm/cluster.sh down
+
+slurm-drill: $(VENV)/.installed-test ## jobs that are pre-empted, cancelled, cut off; minutes each
+	$(BIN)/python -m pytest -m slow tests/slurm
 
 check: $(VENV)/.installed-test ## lint, types, shell
 	$(BIN)/ruff check .

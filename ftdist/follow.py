@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import checkpoint, launcher, lease, rundir, slurm, stops
-from ftdist.errors import FAILED, OK, STOPPED, UserError
+from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, Failed, UserError
 
 JOB = "job.json"  # the run's job: {"job", "prepare"}
 STOP = "ftdist stop"  # the reason of such a stop
@@ -180,7 +180,17 @@ def stop(run_dir: Path) -> str:
 
 
 def logs(run_dir: Path, follow: bool, rank: int | None = None) -> int:
-    """Print what a run has said; with `follow` what it says until it ends, and its exit status then."""
+    """Print what a run has said; with `follow` what it says until it ends, and its exit status then.
+
+    Ctrl-C ends the following, not the run.
+    """
+    try:
+        return _logs(run_dir, follow, rank)
+    except KeyboardInterrupt:
+        raise Failed(f"no longer followed; the run goes on (ftdist stop {run_dir} ends it)", INTERRUPTED)
+
+
+def _logs(run_dir: Path, follow: bool, rank: int | None) -> int:
     watched: dict[Path, int] = {}
     asked, pause, known = 0.0, 1.0, None
     while True:

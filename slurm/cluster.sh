@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real SLURM with several nodes on this one machine, for trying things and for the tests. Not for production.
 #   cluster.sh up             start it (installs SLURM with apt as root); prints `export SLURM_CONF=…` for eval
+#   cluster.sh install        only the packages
 #   cluster.sh down           stop it and everything that runs in it
 #   cluster.sh kill NODE      power cut: the daemon, its job steps and all their processes
 #   cluster.sh lose NODE      the daemon alone dies; what runs on the node runs on
@@ -221,6 +222,7 @@ down() {
 
 action=${1:-} node=${2:-}
 case $action in
+  install) install_slurm ;;
   up) up ;;
   down) [ ! -f "$CLUSTER/settings" ] || down ;;
   kill | lose | start | freeze | thaw | cut | heal | hide | pids)
@@ -237,5 +239,5 @@ case $action in
       hide) nsenter --mount="/proc/$(daemon_of "$node")/ns/mnt" mount -t tmpfs none "$3" ;;
       pids) pids_of "$node" ;;
     esac ;;
-  *) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
