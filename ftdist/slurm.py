@@ -287,14 +287,20 @@ def jobs(ids: Sequence[str]) -> dict[str, Job]:
 
 
 def show(job: str) -> dict[str, str]:
-    """`scontrol show job`: its fields; nothing for a job that is unknown."""
-    done = command("scontrol", "show", "job", "--oneliner", job)
+    """`scontrol show job`: its fields; nothing for a job that is unknown, or when SLURM does not answer."""
+    try:
+        done = command("scontrol", "show", "job", "--oneliner", job)
+    except UserError:
+        return {}
     return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", done.stdout)) if done.returncode == 0 else {}
 
 
 def left(job: str) -> int | None:
-    """Seconds until the job's time limit; None without one."""
-    return seconds(command("squeue", "--noheader", "--jobs", job, "--format=%L").stdout)
+    """Seconds until the job's time limit; None without one, or when SLURM does not answer."""
+    try:
+        return seconds(command("squeue", "--noheader", "--jobs", job, "--format=%L").stdout)
+    except UserError:
+        return None
 
 
 @functools.cache
@@ -319,7 +325,10 @@ def cancel(ids: Sequence[str]) -> None:
 
 def requeue(job: str) -> str:
     """Back into the queue, under the same number; ends the calling job. What was wrong, if it was refused."""
-    done = command("scontrol", "requeue", job)
+    try:
+        done = command("scontrol", "requeue", job)
+    except UserError as failure:
+        return str(failure)
     return "" if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
 
 
