@@ -72,7 +72,7 @@ def prepare(run_dir: Path) -> int:
         with lease.held(run_dir):
             job.freeze(json.loads((run_dir / job.ASKED).read_text(encoding="utf-8")), run_dir)
     except (UserError, Failed) as failure:
-        rundir.record(run_dir, "failed", None, reason=str(failure))
+        rundir.record(run_dir, None, "failed", None, reason=str(failure))
         raise
     return OK
 
@@ -91,7 +91,7 @@ def run(run_dir: Path) -> int:
     number = os.environ["SLURM_JOB_ID"]
     with lease.held(run_dir) as token:
         job = Job(run_dir, config, number, token)
-        rundir.record(run_dir, "job", newest(run_dir), job=number, restart=restarts(), nodes=job.nodes)
+        rundir.record(run_dir, token, "job", newest(run_dir), job=number, restart=restarts(), nodes=job.nodes)
         try:
             failure = job.train()
         except UserError as mistake:
@@ -137,7 +137,7 @@ def fruitless(run_dir: Path, number: str) -> int:
 def requeue(run_dir: Path, number: str, reason: str) -> int:
     """Ask SLURM to start the job again, and wait for the end that comes with it."""
     print(f"{reason}: back into the queue, goes on from the checkpoint of step {newest(run_dir)}", flush=True)
-    rundir.record(run_dir, "requeue", newest(run_dir), reason=reason, job=number)
+    rundir.record(run_dir, None, "requeue", newest(run_dir), reason=reason, job=number)
     if refused := slurm.requeue(number):
         print(f"ftdist: not requeued ({refused}); go on with: ftdist resume {run_dir}", file=sys.stderr, flush=True)
         return STOPPED
@@ -332,7 +332,7 @@ class Job:
         name = "stopped" if failure.status == STOPPED else "failed"
         reason = self.asked() or str(failure) if name == "stopped" else str(failure)
         with contextlib.suppress(Failed, UserError), lease.guarded(self.run_dir, self.token):
-            rundir.record(self.run_dir, name, newest(self.run_dir), reason=reason, job=self.number)
+            rundir.record(self.run_dir, None, name, newest(self.run_dir), reason=reason, job=self.number)
             outcome = {"outcome": name, "reason": reason, "step": newest(self.run_dir), "status": failure.status}
             rundir.write_json(self.run_dir / "outcome.json", outcome)
 

@@ -168,7 +168,7 @@ def stop(run_dir: Path) -> str:
     waiting = [job for job in jobs.values() if job.active]
     if waiting and not any(job.state in ("RUNNING", "COMPLETING", "SUSPENDED") for job in waiting):
         slurm.cancel([job.id for job in waiting])
-        rundir.record(run_dir, "stopped", now["step"], reason=STOP)
+        rundir.record(run_dir, None, "stopped", now["step"], reason=STOP)
         return f"job {waiting[0].id} is taken out of the queue"
     if now["state"] == "preparing" and waiting:
         slurm.cancel([job.id for job in waiting])

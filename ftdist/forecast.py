@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from ftdist import launcher, rundir, slurm
+from ftdist import forgetting, launcher, rundir, slurm
 from ftdist.errors import UserError
 from ftdist.plan.activations import family
 from ftdist.plan.hardware import Hardware, elsewhere, hardware
@@ -120,6 +120,7 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         background=config["checkpoint"]["background"],
         experts=_experts(shapes),
         stored=shapes.dtype if shapes.dtype in WIDTH else facts["loaded"],
+        penalty=forgetting.planned(config["forgetting"], peft is not None),
     )
 
 
@@ -140,7 +141,7 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
             case,
             memory.states,
             None if steps is None else steps * facts["tokens_per_step"],
-            _kept(config["checkpoint"], steps),
+            _kept(config["checkpoint"], config["stopping"]["restore_best"], steps),
         ),
         "tokens_per_second": speed.tokens_per_second,
         "seconds_per_step": speed.seconds,
@@ -168,10 +169,10 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
     return made
 
 
-def _kept(keys: dict[str, Any], steps: int | None) -> int:
+def _kept(keys: dict[str, Any], restores_best: bool, steps: int | None) -> int:
     """Checkpoints that `checkpoint:` keeps; those of `keep_every` as far as the number of steps is known."""
     lasting = (steps or 0) // keys["keep_every"] if keys["keep_every"] else 0
-    return int(keys["keep_last"] + keys["keep_best"] + lasting)
+    return int(keys["keep_last"] + max(keys["keep_best"], restores_best) + lasting)
 
 
 def _written(keys: dict[str, Any], steps: int, took: float) -> int:
@@ -456,8 +457,8 @@ def largest_percent(config: dict[str, Any], plan: Planner, others: dict[str, Any
     return low or None
 
 
-def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], Plan] | None:
-    """The fastest configuration that fits on the same devices with the same global batch, or None.
+def fit(config: dict[str, Any], plan: Planner, world: int) -> dict[str, Any] | None:
+    """What changes `config` to the fastest that fits on the same devices with the same global batch, or None.
 
     Tried: every engine that shards, micro-batches that divide the rows of a rank, with and without recomputation; if
     none fits, optimizer states in 8 bit, then in the host's memory.
@@ -471,7 +472,7 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], P
         rounds.append((plain, {"train.optim": "adamw_8bit"}))
     rounds.append((["zero3_offload"], {}))
     for engines, extra in rounds:
-        best: tuple[float, dict[str, Any], Plan] | None = None
+        best: tuple[float, dict[str, Any]] | None = None
         for name in engines:
             for recompute in (False, True):
                 for size in sizes:
@@ -486,10 +487,10 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], P
                     if made is None or not _surely(made):
                         continue
                     if best is None or made["tokens_per_second"] > best[0]:
-                        best = made["tokens_per_second"], changes, made
+                        best = made["tokens_per_second"], changes
                     break  # smaller micro-batches of the same engine are not faster
         if best:
-            return words(best[1]), best[2]
+            return best[1]
     return None
 
 

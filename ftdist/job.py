@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist import base as bases
 from ftdist import (
+    align,
     chat,
     checkpoint,
     forecast,
+    forgetting,
     health,
+    judge,
     launcher,
     lease,
     models,
@@ -26,10 +28,12 @@ from ftdist import (
     rundir,
     schema,
     slurm,
+    start,
     stops,
     tracking,
     trainkeys,
 )
+from ftdist import base as bases
 from ftdist import evaluate as evaluation
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
@@ -39,8 +43,8 @@ from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "health", "eval",
-          "export", "chat", "tracking")  # fmt: skip
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "stopping",
+          "health", "forgetting", "eval", "export", "chat", "tracking")  # fmt: skip
 ROLL_BACKS = 3  # from one checkpoint, before it is given up
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
@@ -72,8 +76,8 @@ def _top(
     """The keys outside every group."""
 
 
-def _task(*, name: Literal["sft"]) -> None:
-    """The keys of `task`."""
+def _task(*, name: Literal["sft", "dpo"]) -> None:
+    """The keys of `task=sft`."""
 
 
 def check(config: dict[str, Any]) -> None:
@@ -82,9 +86,16 @@ def check(config: dict[str, Any]) -> None:
     trainkeys.check({k: v for k, v in config["train"].items() if not (k in AUTOMATIC and v is None)})
     schema.check("model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype"))
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
-    schema.check("task", config["task"], _task)
+    schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
+    if config["task"]["name"] == "dpo":
+        align.check(config["task"], config["train"])
+        if config["data"]["replay"] is not None:
+            raise UserError(f"data.replay={config['data']['replay']}: task=dpo learns from pairs, replayed rows are "
+                            "none; leave it out, or replay in the task=sft run before it")  # fmt: skip
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
+    schema.check("stopping", config["stopping"], judge.settings)
+    schema.check("forgetting", config["forgetting"], forgetting.function(config["forgetting"].get("name")))
     stops.Limit(config["train_until"])
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
@@ -95,6 +106,14 @@ def check(config: dict[str, Any]) -> None:
     schema.check("engine", config["engine"], engine)
     engine(**config["engine"])  # looks at the keys for DeepSpeed
     schema.check("tracking", config["tracking"], tracking.function(config["tracking"].get("name")))
+    judge.check(
+        config["stopping"],
+        eval_strategy=config["train"]["eval_strategy"],
+        schedule=config["train"]["lr_scheduler_type"],
+        retention=bool(config["eval"]["retention"]),
+        saves=config["engine"]["name"] != "zero3_nvme",
+        answers=evaluation.recorded(config["eval"]),
+    )
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
     schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
@@ -117,8 +136,8 @@ DATA_CONTEXT = ("tokenizer_path", "revision", "trust_remote_code", "max_length",
                 "cache_dir")  # fmt: skip
 
 
-def model_keys(*, path: str, architecture: dict[str, Any] | None) -> None:
-    """The keys of `model` that the plan reads."""
+def model_keys(*, path: str, architecture: dict[str, Any] | None, adapter: Literal["merge", "continue"]) -> None:
+    """The keys of `model` that the plan reads; adapter: what becomes of the one that a run in `path` left."""
 
 
 def plan(
@@ -140,8 +159,17 @@ def plan(
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
-    if is_preference(config["data"]):
-        raise UserError("data.format=preference: no task trains on preferences yet; `ftdist data` prepares them")
+    dpo = config["task"]["name"] == "dpo"
+    if is_preference(config["data"]) and not dpo:
+        raise UserError(
+            "data.format=preference: task=sft learns from answers, not from pairs of them; use task=dpo (`ftdist data` "
+            "prepares them without a task)"
+        )
+    if dpo and config["data"]["format"] not in ("auto", "preference"):
+        raise UserError(
+            f"data.format={config['data']['format']}: task=dpo learns from chosen and rejected answers; use "
+            "data.format=preference, or task=sft"
+        )
     asked = shapes is None
     if examples is None and asked:
         examples = look.count(config["data"]["path"])
@@ -184,11 +212,16 @@ def plan(
         max_length=train["max_length"],
         packing=train["packing"],
     )
+    forgets = config["forgetting"]["name"] != "none"
+    if forgetting.is_on(config["forgetting"]):
+        forgetting.refuse(config["forgetting"], engine, recipe.peft)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if rows is None and asked:
         held_out = 0.0 if config["data"]["validation"] else config["data"]["validation_share"]
         guess = look.estimated(config["data"]["path"], examples, train["max_length"], train["packing"], held_out)
+        if guess is not None and config["data"]["replay_share"] is not None:
+            guess = max(round(guess / (1 - config["data"]["replay_share"])), 1)
     batch = batch_arithmetic(
         per_device_train_batch_size=train["per_device_train_batch_size"],
         gradient_accumulation_steps=train["gradient_accumulation_steps"],
@@ -200,6 +233,7 @@ def plan(
         num_train_epochs=train["num_train_epochs"],
         max_steps=train["max_steps"],
         about=guess is not None,
+        sequences_per_row=2 if dpo else 1,
     )
     whole = recipe.peft is None and recipe.trainable is None
     made: dict[str, Any] = {
@@ -219,8 +253,15 @@ def plan(
         "sequences_per_step": batch.sequences_per_step,
         "tokens_per_step": batch.tokens_per_step,
         "arithmetic": batch.arithmetic,
-        "files": FILES | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {}),
+        "files": FILES
+        | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {})
+        | (
+            {"fisher/": "which weights general data need, and where they were"}
+            if forgetting.is_on(config["forgetting"])
+            else {}
+        ),
         "command": [launcher.command(run_dir) if local else ["sbatch", str(run_dir / slurm.SCRIPT)]],
+        **({"forgetting": forgetting.said(config["forgetting"], recipe.peft is not None)} if forgets else {}),
         "advice": advice(
             strategy=config["strategy"]["name"],
             examples=examples,
@@ -236,6 +277,10 @@ def plan(
         "trained": dtype if stage else "float32",
         "adapters": recipe.peft is not None,
     }
+    if dpo:
+        made["reference"] = align.reference_kind(
+            config["task"], recipe.peft is not None, config["model"]["adapter"] == "continue"
+        )
     if batch.steps_per_epoch is not None:
         made["steps_per_epoch"] = batch.steps_per_epoch
     if batch.total_steps is not None:
@@ -264,8 +309,7 @@ def fitted(config: dict[str, Any]) -> dict[str, Any]:
     if found is None:
         raise UserError(f"--fit: nothing fits {world} of hardware={config['hardware']['name']} with this strategy and "
                         "global batch; ftdist plan without --fit lists what would")  # fmt: skip
-    overrides, made = found
-    return {**made, "overrides": overrides}
+    return {**plan(forecast.changed(config, found)), "overrides": forecast.words(found)}
 
 
 def scaling(config: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
@@ -279,6 +323,7 @@ def decide(config: dict[str, Any]) -> None:
     check(config)
     if config["cluster"]["name"] == "slurm":
         settle(config["cluster"], config["hardware"]["name"])
+    start.check(config["model"], config["strategy"])
     train = config["train"]
     devices = forecast.target(config, 1)
     if train["bf16"] is None:
@@ -296,8 +341,11 @@ def settle(cluster: dict[str, Any], hardware_name: str) -> None:
     cluster |= slurm.resolved(**keys, cpu=hardware_name == "cpu", known=hardware_name != "auto")
 
 
-def ready(config: dict[str, Any]) -> None:
-    """Refuse, before anything is made, what is wrong or cannot work on this machine."""
+def ready(config: dict[str, Any], known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Refuse, before anything is made, what is wrong or cannot work on this machine; the plan.
+
+    known: the plan of another member of a sweep, which is this one's too.
+    """
     if config["resume"] == "auto" and config["run_dir"] is None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     decide(config)
@@ -312,10 +360,12 @@ def ready(config: dict[str, Any]) -> None:
         raise UserError(
             f"hardware={config['hardware']['name']}: this machine has {kind}s; leave it out (ftdist plan takes it)"
         )
-    made = dict(plan(config))
-    forecast.refuse_what_cannot_fit(made, config["must_fit"])
+    made = known or dict(plan(config))
+    if known is None:
+        forecast.refuse_what_cannot_fit(made, config["must_fit"])
     place = next(folder for folder in Path(config["run_dir"]).absolute().parents if folder.is_dir())
     forecast.refuse_without_disk(made, config["run_dir"], shutil.disk_usage(place).free, config["must_fit"])
+    return made
 
 
 def run(config: dict[str, Any], run_dir: Path) -> None:
@@ -361,13 +411,13 @@ def launch(
             else:
                 asked, stuck = (run_dir / stops.REQUEST).exists(), _progress(run_dir) == before
                 if failure.status == FAILED and (stuck or asked or restarts >= keys["max_restarts"]):
-                    rundir.record(run_dir, "failed", None, reason=str(failure))
+                    rundir.record(run_dir, token, "failed", None, reason=str(failure))
                 if failure.status != FAILED or asked or restarts >= keys["max_restarts"]:
                     raise
                 if stuck:
                     raise Failed(f"{failure}; not started again: no checkpoint since the last start", FENCED)
                 restarts += 1
-            rundir.record(run_dir, "restart", None, reason=str(failure))
+            rundir.record(run_dir, token, "restart", None, reason=str(failure))
             print(f"{failure}\nstarting again", flush=True)
     (end or partial(finish, run_dir))()
 
@@ -381,9 +431,13 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     """Prepare model files and data, then write down everything that the ranks will read, config.yaml last."""
     rundir.write_json(run_dir / ASKED, config)
     model = config["model"]
+    start.settle(model, run_dir)
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
-    prepared = prepared_data(config)
+    other = other_reference(config)
+    weights = bases.fingerprint(model["path"])
+    prepared = prepared_data(config, run_dir=run_dir)
+    general = general_data(config, forgetting.identity(weights["files"]))
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
@@ -396,19 +450,36 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         if config["eval"]["during"]:
             raise UserError("eval.during: no row is held out; set data.validation_share or data.validation")
         config["train"]["eval_strategy"] = "no"
+        check({**config, "run_dir": str(run_dir)})  # what needs an evaluation cannot be
         print("no row is held out: no held-out loss", flush=True)
+    retention = evaluation.retention_data(config)
+    evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     print(
-        f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}",
+        f"data: {report['train']:,} rows to train on{_general(report)}, {report['validation']:,} held out; "
+        f"{made['arithmetic'][-1]}",
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
-    rundir.write_json(run_dir / bases.FILE, bases.fingerprint(model["path"]))
+    rundir.write_json(run_dir / bases.FILE, weights)
     rundir.write_json(run_dir / "env.json", rundir.environment())
-    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
+    if "reference" in made:
+        # the base's files and its adapter are what training starts from, and with it the reference, unless it is other
+        adapter = start.adapter(run_dir)
+        begins = [weights["files"], bases.fingerprint(str(adapter))["files"] if adapter else None, other]
+        quantization = recipe_of(config, shapes_of(model), measured=True).quantization
+        computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
+        made["reference_key"] = align.key(begins, prepared.name, computed)
+    frozen = {"prepared": str(prepared), "retention": retention, "general": general, "id": uuid.uuid4().hex[:12]}
+    rundir.write_json(run_dir / "plan.json", {**made, **frozen})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
+
+
+def _general(report: dict[str, Any]) -> str:
+    replay = report.get("replay")
+    return f" ({replay['rows']:,} of them general, {replay['share']:.2%} of the tokens)" if replay else ""
 
 
 def write_engine(config: dict[str, Any], run_dir: Path) -> None:
@@ -465,17 +536,34 @@ def _counted(ranks: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def is_preference(data: dict[str, Any]) -> bool:
-    """Whether `data:` says that its rows are preferences; `ftdist data` prepares them, no task trains on them yet."""
+    """Whether `data:` says that its rows are preferences."""
     path = data["path"]
     parts = [part for part in path if isinstance(part, dict)] if isinstance(path, list) else []
     return "preference" in (data["format"], *(part.get("format") for part in parts))
 
 
-def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
-    """The prepared data set of this configuration, made now or found in the cache."""
+def other_reference(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Settle `task.reference_model`, if there is one: its directory, and the hashes of its files."""
+    task, model = config["task"], config["model"]
+    if task.get("reference_model") is None:
+        return None
+    path = task["reference_model"]
+    directory = str(start.whole(path)) if start.is_run(path) else models.local_path(path, None)
+    start.same_tokenizer(model["path"], directory, "task.reference_model", model["trust_remote_code"])
+    task["reference_model"] = directory
+    files: dict[str, Any] = bases.fingerprint(directory)["files"]
+    return files
+
+
+def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Path | None = None) -> Path:
+    """The prepared data set of this configuration, made now or found in the cache. run_dir: of a run that exists."""
+    path = config["model"]["path"]
+    tokenizer = start.adapter(run_dir) if run_dir else None
+    if tokenizer is None and start.is_run(path):
+        tokenizer = start.tokenizer_directory(path)
     return prepare(
         **config["data"],
-        tokenizer_path=models.local_path(config["model"]["path"], config["model"]["revision"]),
+        tokenizer_path=str(tokenizer or models.local_path(path, config["model"]["revision"])),
         revision=config["model"]["revision"],
         trust_remote_code=config["model"]["trust_remote_code"],
         max_length=config["train"]["max_length"],
@@ -486,9 +574,30 @@ def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
     )
 
 
+def general_data(config: dict[str, Any], model: str) -> str | None:
+    """The prepared data that a Fisher is to be measured on, one sequence a row; None where none is.
+
+    model: the identity of the weights; UserError if a Fisher is given that is of others.
+    """
+    keys = config["forgetting"]
+    if not forgetting.is_on(keys):
+        if keys["name"] == "ewc":
+            print(forgetting.said(keys, False), flush=True)
+        return None
+    if keys["fisher"] is not None:
+        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"])
+        return None
+    data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
+    try:
+        return str(prepared_data({**config, "data": data, "train": {**config["train"], "packing": False}}))
+    except UserError as failure:
+        raise UserError(str(failure).replace("data.path=", "forgetting.data="))
+
+
 def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:
     """The shapes of the model that `model:` names, from config.json; the demo model is made on the way."""
-    path = models.local_path("demo", None) if model["path"] == "demo" else model["path"]
+    made_here = model["path"] == "demo" or start.is_run(model["path"])
+    path = models.local_path(model["path"], None) if made_here else model["path"]
     return model_shapes(
         path,
         model["architecture"],

@@ -153,7 +153,12 @@ def locked(run_dir: Path) -> Iterator[None]:
                         "(Lustre: -o flock), or choose another"
                     )
                 if time.monotonic() > until:
-                    raise UserError(f"run_dir={run_dir}: another process has held its lock for {PATIENCE:.0f} s")
+                    holder = read(run_dir)
+                    who = f"process {holder.pid} on {holder.host}" if holder else "another process"
+                    raise UserError(
+                        f"run_dir={run_dir}: in use by {who}, and its lock was held for {PATIENCE:.0f} s; wait, or end "
+                        "whoever stands still"
+                    )
                 time.sleep(0.05)
         yield
 
