@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install quickstart test test-slow drill bench check clean
+.PHONY: install quickstart test test-slow drill slurm-up slurm-down slurm-drill bench check clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,15 @@ drill: $(VENV)/.installed-test ## kill and damage runs some 400 times, over stra
 
 bench: $(VENV)/.installed-test ## training throughput beside a bare loop and TRL; half an hour on a quiet machine
 	$(BIN)/python tests/bench/throughput.py
+
+slurm-up: ## a real SLURM of two nodes on this machine; prints `export SLURM_CONF=…`
+	@slurm/cluster.sh up
+
+slurm-down:
+	@slurm/cluster.sh down
+
+slurm-drill: $(VENV)/.installed-test ## jobs that are pre-empted, cancelled, cut off; minutes each
+	$(BIN)/python -m pytest -m slow tests/slurm
 
 check: $(VENV)/.installed-test ## lint, types, shell
 	$(BIN)/ruff check .
