@@ -229,6 +229,8 @@ def _prepared(
         "seed": config["seed"],
         "cache_dir": rundir.cache_root() / "data",
     }
+    if key == "eval.retention":  # general data have their own form, whatever is trained on
+        keep |= {"format": "auto", "columns": {}, "mask": "auto", "task": "sft"}
     unlike = set(keep) ^ set(schema.keys_of(prepare))
     if unlike:
         raise UserError(f"{target}: made by another version of ftdist, with other keys of data ({min(unlike)})")
