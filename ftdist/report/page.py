@@ -39,7 +39,7 @@ def of_run(run: Run, svgs: dict[str, str]) -> str:
         _section("Answers", _samples(run)),
         _section(
             "Training",
-            _plots(svgs, ("loss", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
+            _plots(svgs, ("loss", "retention", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
             _planned(run),
         ),
         _section("Checkpoints, restarts, faults", _plots(svgs, ("time_line",)), _events(run)),
@@ -152,9 +152,17 @@ def _words(run: Run) -> str:
                 f"{tables.number(name, base[name])} → {tables.number(name, tuned[name])} ({sure})."
             )
             break
-    if "retention_loss" in tuned and "retention_loss" in base:
-        change = tuned["retention_loss"] - base["retention_loss"]
-        said.append(f"On the retention data its loss {'rose' if change > 0 else 'fell'} by {abs(change):.3g}.")
+    for event in run.events:
+        if event.get("event") in ("early-stop", "overfitting", "best-restored", "best-missing"):
+            text = str(event.get("text") or event.get("reason"))
+            said.append(f"{text[0].upper()}{text[1:]}.")
+    names = [name for name in tuned if name.startswith("retention") and name.endswith("_loss")]
+    for name in names[:-1] if len(names) > 1 else names:  # the last of several is their mean
+        if None not in (tuned[name], base.get(name)):
+            change = tuned[name] - base[name]
+            which = name.removeprefix("retention_").removesuffix("_loss") if len(names) > 1 else ""
+            data = f"retention data {which}".strip()
+            said.append(f"On the {data} its loss {'rose' if change > 0 else 'fell'} by {abs(change):.3g}.")
     shared = metrics.get("overlap") or {}
     if shared.get("rows"):
         said.append(
