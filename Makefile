@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install quickstart test test-slow drill check clean
+.PHONY: install quickstart test test-slow drill forgetting check clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,9 @@ test-slow: $(VENV)/.installed-test ## what does not fit the suite's time
 
 drill: $(VENV)/.installed-test ## kill and damage runs some 400 times, over strategies and engines; about an hour
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m slow tests/durable/test_long_drill.py
+
+forgetting: $(VENV)/.installed ## what keeps a skill while another is learnt: the table of docs/forgetting.md
+	$(BIN)/python tests/bench/forgetting.py
 
 check: $(VENV)/.installed-test ## lint, types, shell
 	$(BIN)/ruff check .

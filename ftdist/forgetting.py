@@ -56,8 +56,11 @@ def is_on(keys: Mapping[str, Any]) -> bool:
     return keys["name"] == "ewc" and keys["strength"] > 0
 
 
-def refuse(keys: Mapping[str, Any], engine: str, peft: Mapping[str, Any] | None) -> None:
-    """UserError for keys that do not go together, or not with this engine or these adapters."""
+def refuse(keys: Mapping[str, Any], engine: str, peft: Mapping[str, Any] | None, look: bool) -> None:
+    """UserError for keys that do not go together, or not with this engine or these adapters.
+
+    look: at the files that are named, which a run that goes on needs no more.
+    """
     if keys["data"] is None and keys["fisher"] is None:
         raise UserError(
             "forgetting.data: missing; set forgetting.data=FILE, general data that are not to be forgotten, or "
@@ -76,7 +79,7 @@ def refuse(keys: Mapping[str, Any], engine: str, peft: Mapping[str, Any] | None)
         raise UserError("forgetting.adapters=drift: DoRA also rescales the merged weight; use strategy.use_dora=false "
                         "or forgetting.adapters=plain")  # fmt: skip
     for key in ("fisher", "earlier"):
-        if keys[key] is not None:
+        if look and keys[key] is not None:
             read(keys[key], f"forgetting.{key}")
 
 
@@ -149,7 +152,7 @@ def facts(
     return {
         "model": identity(base["files"]),
         "model_path": base["path"],
-        "data": Path(plan["general"]).name if plan["general"] else None,
+        "data": Path(plan["fisher_data"]).name if plan["fisher_data"] else None,
         "precision": plan["precision"],
         "quantization": quantization,
         "adapters": dict(peft) if peft and keys["adapters"] == "plain" else None,

@@ -172,7 +172,7 @@ def plan(
     )
     forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
-        forgetting.refuse(config["forgetting"], engine, recipe.peft)
+        forgetting.refuse(config["forgetting"], engine, recipe.peft, look=not measured)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if rows is None and asked:
@@ -383,7 +383,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     rundir.write_json(run_dir / "data_report.json", report)
     rundir.write_json(run_dir / bases.FILE, weights)
     rundir.write_json(run_dir / "env.json", rundir.environment())
-    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "general": general,
+    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "fisher_data": general,
                                                 "id": uuid.uuid4().hex[:12]})  # fmt: skip
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)

@@ -103,7 +103,7 @@ def train(run_dir: Path) -> int:
     if forgetting.is_on(config["forgetting"]):
         trainer.consolidation = ewc.Consolidation(
             run_dir,
-            lambda: datasets.load_from_disk(str(Path(plan["general"]) / "train")),
+            lambda: datasets.load_from_disk(str(Path(plan["fisher_data"]) / "train")),
             forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft),
             **schema.pick(ewc.Consolidation.__init__, config["forgetting"]),
         )
