@@ -30,7 +30,7 @@ test-slow: $(VENV)/.installed-test ## what does not fit the suite's time
 drill: $(VENV)/.installed-test ## kill and damage runs some 400 times, over strategies and engines; about an hour
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m slow tests/durable/test_long_drill.py
 
-forgetting: $(VENV)/.installed ## what keeps a skill while another is learnt: the table of docs/forgetting.md
+forgetting: $(VENV)/.installed-test ## what keeps a skill while another is learnt: the table of docs/forgetting.md
 	$(BIN)/python tests/bench/forgetting.py
 
 check: $(VENV)/.installed-test ## lint, types, shell

@@ -128,7 +128,7 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
             case,
             memory.states,
             None if steps is None else steps * facts["tokens_per_step"],
-            _kept(config["checkpoint"], steps),
+            _kept(config["checkpoint"], config["stopping"]["restore_best"], steps),
         ),
         "tokens_per_second": speed.tokens_per_second,
         "seconds_per_step": speed.seconds,
@@ -156,10 +156,10 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
     return made
 
 
-def _kept(keys: dict[str, Any], steps: int | None) -> int:
+def _kept(keys: dict[str, Any], restores_best: bool, steps: int | None) -> int:
     """Checkpoints that `checkpoint:` keeps; those of `keep_every` as far as the number of steps is known."""
     lasting = (steps or 0) // keys["keep_every"] if keys["keep_every"] else 0
-    return int(keys["keep_last"] + keys["keep_best"] + lasting)
+    return int(keys["keep_last"] + max(keys["keep_best"], restores_best) + lasting)
 
 
 def _written(keys: dict[str, Any], steps: int, took: float) -> int:

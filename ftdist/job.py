@@ -18,6 +18,7 @@ from ftdist import (
     forecast,
     forgetting,
     health,
+    judge,
     launcher,
     lease,
     models,
@@ -38,8 +39,8 @@ from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "health",
-          "forgetting", "eval", "export", "chat", "tracking")  # fmt: skip
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "stopping",
+          "health", "forgetting", "eval", "export", "chat", "tracking")  # fmt: skip
 ROLL_BACKS = 3  # from one checkpoint, before it is given up
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
@@ -85,6 +86,7 @@ def check(config: dict[str, Any]) -> None:
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
     schema.check("forgetting", config["forgetting"], forgetting.function(config["forgetting"].get("name")))
+    schema.check("stopping", config["stopping"], judge.settings)
     stops.Limit(config["train_until"])
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
@@ -95,6 +97,14 @@ def check(config: dict[str, Any]) -> None:
     schema.check("engine", config["engine"], engine)
     engine(**config["engine"])  # looks at the keys for DeepSpeed
     schema.check("tracking", config["tracking"], tracking.function(config["tracking"].get("name")))
+    judge.check(
+        config["stopping"],
+        eval_strategy=config["train"]["eval_strategy"],
+        schedule=config["train"]["lr_scheduler_type"],
+        retention=bool(config["eval"]["retention"]),
+        saves=config["engine"]["name"] != "zero3_nvme",
+        answers=evaluation.recorded(config["eval"]),
+    )
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
     schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
@@ -178,6 +188,8 @@ def plan(
     if rows is None and asked:
         held_out = 0.0 if config["data"]["validation"] else config["data"]["validation_share"]
         guess = look.estimated(config["data"]["path"], examples, train["max_length"], train["packing"], held_out)
+        if guess is not None and config["data"]["replay_share"] is not None:
+            guess = max(round(guess / (1 - config["data"]["replay_share"])), 1)
     batch = batch_arithmetic(
         per_device_train_batch_size=train["per_device_train_batch_size"],
         gradient_accumulation_steps=train["gradient_accumulation_steps"],
@@ -338,13 +350,13 @@ def launch(run_dir: Path, token: int) -> None:
             else:
                 asked, stuck = (run_dir / stops.REQUEST).exists(), _progress(run_dir) == before
                 if failure.status == FAILED and (stuck or asked or restarts >= keys["max_restarts"]):
-                    rundir.record(run_dir, "failed", None, reason=str(failure))
+                    rundir.record(run_dir, token, "failed", None, reason=str(failure))
                 if failure.status != FAILED or asked or restarts >= keys["max_restarts"]:
                     raise
                 if stuck:
                     raise Failed(f"{failure}; not started again: no checkpoint since the last start", FENCED)
                 restarts += 1
-            rundir.record(run_dir, "restart", None, reason=str(failure))
+            rundir.record(run_dir, token, "restart", None, reason=str(failure))
             print(f"{failure}\nstarting again", flush=True)
     finish(run_dir)
 
@@ -374,20 +386,29 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         if config["eval"]["during"]:
             raise UserError("eval.during: no row is held out; set data.validation_share or data.validation")
         config["train"]["eval_strategy"] = "no"
+        check({**config, "run_dir": str(run_dir)})  # what needs an evaluation cannot be
         print("no row is held out: no held-out loss", flush=True)
+    retention = evaluation.retention_data(config)
+    evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
     made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     print(
-        f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}",
+        f"data: {report['train']:,} rows to train on{_general(report)}, {report['validation']:,} held out; "
+        f"{made['arithmetic'][-1]}",
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
     rundir.write_json(run_dir / bases.FILE, weights)
     rundir.write_json(run_dir / "env.json", rundir.environment())
-    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "fisher_data": general,
-                                                "id": uuid.uuid4().hex[:12]})  # fmt: skip
+    facts = {"prepared": str(prepared), "retention": retention, "fisher_data": general, "id": uuid.uuid4().hex[:12]}
+    rundir.write_json(run_dir / "plan.json", {**made, **facts})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
+
+
+def _general(report: dict[str, Any]) -> str:
+    replay = report.get("replay")
+    return f" ({replay['rows']:,} of them general, {replay['share']:.2%} of the tokens)" if replay else ""
 
 
 def write_engine(config: dict[str, Any], run_dir: Path) -> None:
@@ -479,6 +500,7 @@ def general_data(config: dict[str, Any], model: str) -> str | None:
         forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"])
         return None
     data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
+    data |= {"replay": None, "replay_share": None}
     try:
         return str(prepared_data({**config, "data": data, "train": {**config["train"], "packing": False}}))
     except UserError as failure:

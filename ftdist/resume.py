@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ftdist import checkpoint, compose, job, launcher, lease, rundir
+from ftdist import checkpoint, compose, evaluate, job, launcher, lease, rundir
 from ftdist.errors import UserError
 
 # Where and how a run is trained may change; what is trained, on what, and with which arithmetic may not.
@@ -77,6 +77,7 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
     """
     config = rundir.read_config(run_dir)
     before = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
+    sets = config["eval"]["retention"]
     report = json.loads((run_dir / "data_report.json").read_text(encoding="utf-8"))
     for key in CHANGEABLE:
         config[key] = wanted[key]
@@ -92,6 +93,14 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
                 f"data.path: the data of {run_dir} are gone from the cache, and the files are not what they were; "
                 "bring them back to go on"
             )
+    if config["eval"]["retention"] != sets or not all(Path(folder).is_dir() for folder in before["retention"].values()):
+        if config["eval"]["retention"] != sets and config["stopping"]["max_forgetting"] is not None:
+            raise UserError(
+                f"eval.retention={config['eval']['retention']}: stopping.max_forgetting compares {sets} with the base, "
+                "whom this run has left behind; use that to go on"
+            )
+        before["retention"] = evaluate.retention_data(config)
+        evaluate.refuse_overlap(config["eval"], Path(before["prepared"]), config["model"], before["retention"])
     made = job.plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     job.write_engine(config, run_dir)
     rundir.write_json(run_dir / "plan.json", {**before, **made})
