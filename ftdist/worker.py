@@ -118,6 +118,7 @@ def train(run_dir: Path) -> int:
         trainer.consolidation = ewc.Consolidation(
             run_dir,
             lambda: datasets.load_from_disk(str(Path(plan["fisher_data"]) / "train")),
+            partial(meter.during, "fisher"),
             forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft),
             **schema.pick(ewc.Consolidation.__init__, config["forgetting"]),
         )

@@ -22,10 +22,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "durable"))
 from conftest import Forks  # starts of the worker without the seconds that imports take
 
-A, B = "extract", "last"
+A, B = "first", "last"
 HELD_OUT = 200  # rows of each skill
 OF_A, OF_B = 4000, 1000  # rows that are learnt from
-STEPS_A, STEPS_B = 250, 40
+STEPS_A, STEPS_B = 150, 40
 COMMON = (
     "engine=single",
     "cluster.processes=1",
