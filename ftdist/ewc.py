@@ -234,8 +234,8 @@ class Consolidation:
         self.ranks = ranks
         zero, base = engines(trainer.optimizer)
         if hasattr(zero, "backup_optimizer"):
-            raise UserError("forgetting=ewc: engine.zero.offload_optimizer.ratio below 1 has a second optimizer, which a "
-                            "penalty does not reach; leave the ratio out")  # fmt: skip
+            raise UserError("forgetting=ewc: engine.zero.offload_optimizer.ratio below 1 has a second optimizer, which "
+                            "no penalty reaches; leave the ratio out")  # fmt: skip
         inner = base.step
 
         def pulled(*args: Any, **kwargs: Any) -> Any:

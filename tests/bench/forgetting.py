@@ -25,7 +25,7 @@ from conftest import Forks  # starts of the worker without the seconds that impo
 A, B = "first", "last"
 HELD_OUT = 200  # rows of each skill
 OF_A, OF_B = 4000, 1000  # rows that are learnt from
-STEPS_A, STEPS_B = 150, 40
+STEPS_A, STEPS_B = 70, 60
 COMMON = (
     "engine=single",
     "cluster.processes=1",
@@ -41,15 +41,15 @@ COMMON = (
     "data.validation_share=0",
     "checkpoint.every_minutes=null",
 )
-RATE_A, RATE, RATE_LORA = "train.learning_rate=4e-3", "train.learning_rate=1e-3", "train.learning_rate=5e-3"
+RATE_A, RATE, RATE_LORA = "train.learning_rate=4e-3", "train.learning_rate=2e-3", "train.learning_rate=1e-2"
 EWC = ("forgetting=ewc", "forgetting.data={a}", "forgetting.samples=512")
 LORA = ("strategy=lora", RATE_LORA)
 WAYS = {
     "plain full": (RATE,),
-    "plain full, a tenth of the rate": ("train.learning_rate=1e-4",),
+    "plain full, a tenth of the rate": ("train.learning_rate=2e-4",),
     "EWC, λ=1": (RATE, *EWC, "forgetting.strength=1"),
-    "EWC, λ=30": (RATE, *EWC, "forgetting.strength=30"),
-    "EWC, λ=1000": (RATE, *EWC, "forgetting.strength=1000"),
+    "EWC, λ=100": (RATE, *EWC, "forgetting.strength=100"),
+    "EWC, λ=1e4": (RATE, *EWC, "forgetting.strength=1e4"),
     "replay 5 %": (RATE, "data.replay={a}", "data.replay_share=0.05"),
     "replay 25 %": (RATE, "data.replay={a}", "data.replay_share=0.25"),
     "LoRA": LORA,
@@ -129,7 +129,7 @@ def one_seed(
 
     finals = []
     for name, words in ways.items():
-        finals.append(folder / "".join(letter for letter in name if letter.isalnum()))
+        finals.append(folder / "".join(letter for letter in name if letter.isascii() and letter.isalnum()))
         forks = free.get()
         train(forks, finals[-1], [*common, *(word.format(a=files[A]) for word in words)])
         free.put(forks)
