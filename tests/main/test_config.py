@@ -14,7 +14,8 @@ import yaml
 
 CONF = Path(__file__).parents[2] / "conf"
 AT_LEAST = {"chat": 1, "checkpoint": 1, "cluster": 2, "data": 3, "engine": 7, "eval": 2, "experiment": 9, "export": 1,
-            "hardware": 10, "health": 1, "model": 11, "strategy": 4, "task": 1, "tracking": 2, "train": 1}  # fmt: skip
+            "forgetting": 2, "hardware": 10, "health": 1, "model": 11, "stopping": 1, "strategy": 4, "task": 1,
+            "tracking": 2, "train": 1}  # fmt: skip
 SHIPPED = sorted(str(file.relative_to(CONF)) for file in CONF.rglob("*.yaml"))
 NEEDED = {  # choices that leave a value to the user
     "data/custom": ["data.path=x"],
