@@ -46,14 +46,14 @@ EWC = ("forgetting=ewc", "forgetting.data={a}", "forgetting.samples=512")
 LORA = ("strategy=lora", RATE_LORA)
 WAYS = {
     "plain full": (RATE,),
-    "plain full, a tenth of the rate": ("train.learning_rate=2e-4",),
+    "plain full, a quarter of the rate": ("train.learning_rate=5e-4",),
     "EWC, λ=1": (RATE, *EWC, "forgetting.strength=1"),
-    "EWC, λ=100": (RATE, *EWC, "forgetting.strength=100"),
     "EWC, λ=1e4": (RATE, *EWC, "forgetting.strength=1e4"),
+    "EWC, λ=1e6": (RATE, *EWC, "forgetting.strength=1e6"),
     "replay 5 %": (RATE, "data.replay={a}", "data.replay_share=0.05"),
     "replay 25 %": (RATE, "data.replay={a}", "data.replay_share=0.25"),
     "LoRA": LORA,
-    "LoRA, EWC of the drift, λ=30": (*LORA, *EWC, "forgetting.strength=30"),
+    "LoRA, EWC of the drift, λ=1e6": (*LORA, *EWC, "forgetting.strength=1e6"),
     "Spectrum 25 %": (RATE, "strategy=spectrum", "strategy.top_percent=25"),
 }
 FAMILIES = {"plain": "#666666", "EWC": "#1f77b4", "replay": "#2ca02c", "LoRA": "#d62728", "Spectrum": "#9467bd"}
