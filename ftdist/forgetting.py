@@ -56,11 +56,13 @@ def is_on(keys: Mapping[str, Any]) -> bool:
     return keys["name"] == "ewc" and keys["strength"] > 0
 
 
-def refuse(keys: Mapping[str, Any], engine: str, peft: Mapping[str, Any] | None, look: bool) -> None:
+def refuse(keys: Mapping[str, Any], task: str, engine: str, peft: Mapping[str, Any] | None, look: bool) -> None:
     """UserError for keys that do not go together, or not with this engine or these adapters.
 
     look: at the files that are named, which a run that goes on needs no more.
     """
+    if task != "sft":
+        raise UserError(f"forgetting=ewc: not with task={task}; use task=sft or forgetting=none")
     if keys["data"] is None and keys["fisher"] is None:
         raise UserError(
             "forgetting.data: missing; set forgetting.data=FILE, general data that are not to be forgotten, or "

@@ -182,7 +182,7 @@ def plan(
     )
     forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
-        forgetting.refuse(config["forgetting"], engine, recipe.peft, look=not measured)
+        forgetting.refuse(config["forgetting"], config["task"]["name"], engine, recipe.peft, look=not measured)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if rows is None and asked:

@@ -53,6 +53,7 @@ WAYS = {
     "replay 5 %": (RATE, "data.replay={a}", "data.replay_share=0.05"),
     "replay 25 %": (RATE, "data.replay={a}", "data.replay_share=0.25"),
     "LoRA": LORA,
+    "LoRA, EWC of the drift, λ=1e4": (*LORA, *EWC, "forgetting.strength=1e4"),
     "LoRA, EWC of the drift, λ=1e6": (*LORA, *EWC, "forgetting.strength=1e6"),
     "Spectrum 25 %": (RATE, "strategy=spectrum", "strategy.top_percent=25"),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import events, last_words, metrics, same
+from runs import events, last_words, metrics, same, state_bytes
 
 from ftdist import state
 
@@ -108,6 +108,7 @@ def test_every_engine_adds_the_same(penalised, cell):
         json.loads(file.read_text())["tensors"]["between"]["penalty"] for file in run_dir.glob("logs/*.memory.json")
     ]
     assert max(ranks) == plan["states"]["penalty"] > 0
+    assert state_bytes(run_dir / "fisher") == plan["disk_bytes"]["fisher"]
     penalties = [row["ewc_penalty"] for row in steps(run_dir)]
     assert penalties[0] == 0 and penalties[-1] > 1e-4
     assert penalties == pytest.approx([row["ewc_penalty"] for row in steps(alone)], rel=1e-2 * rough)
