@@ -115,6 +115,8 @@ def train(run_dir: Path) -> int:
             data, config["eval"]["during"], tokenizer, positions_of(model), config["seed"], config["eval"]
         )
     if forgetting.is_on(config["forgetting"]):
+        if main:
+            print(plan["forgetting"], flush=True)
         trainer.consolidation = ewc.Consolidation(
             run_dir,
             lambda: datasets.load_from_disk(str(Path(plan["fisher_data"]) / "train")),
