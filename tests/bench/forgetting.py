@@ -24,8 +24,8 @@ from conftest import Forks  # starts of the worker without the seconds that impo
 
 A, B = "first", "last"
 HELD_OUT = 200  # rows of each skill
-OF_A, OF_B = 4000, 1000  # rows that are learnt from
-STEPS_A, STEPS_B = 70, 60
+OF_A, OF_B = 4000, 1500  # rows that are learnt from
+STEPS_A, STEPS_B = 70, 100
 COMMON = (
     "engine=single",
     "cluster.processes=1",
@@ -46,7 +46,6 @@ EWC = ("forgetting=ewc", "forgetting.data={a}", "forgetting.samples=512")
 LORA = ("strategy=lora", RATE_LORA)
 WAYS = {
     "plain full": (RATE,),
-    "plain full, a quarter of the rate": ("train.learning_rate=5e-4",),
     "EWC, λ=1": (RATE, *EWC, "forgetting.strength=1"),
     "EWC, λ=1e4": (RATE, *EWC, "forgetting.strength=1e4"),
     "EWC, λ=1e6": (RATE, *EWC, "forgetting.strength=1e6"),
