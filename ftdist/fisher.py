@@ -157,7 +157,7 @@ def measure(trainer: Any, rows: Any, backward: Any, tally: Tally, samples: int, 
     tokens, began, said = 0, time.monotonic(), time.monotonic()
     for turn in range(math.ceil(len(batches) / ranks.world)):
         number = turn * ranks.world + ranks.rank
-        made = trainer.data_collator([rows[i] for i in batches[number if number < len(batches) else 0]])
+        made = trainer.text_collator([rows[i] for i in batches[number if number < len(batches) else 0]])
         if number >= len(batches):
             made["targets"].fill_(IGNORED)
         made = trainer._prepare_inputs(made)

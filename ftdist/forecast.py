@@ -14,10 +14,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from ftdist import forgetting, launcher, rundir
+from ftdist import forgetting, launcher, rundir, slurm
 from ftdist.errors import UserError
 from ftdist.plan.activations import family
-from ftdist.plan.hardware import Hardware, hardware
+from ftdist.plan.hardware import Hardware, elsewhere, hardware
 from ftdist.plan.memory import Case, Memory, disk_bytes, need, standing, zero_sizes
 from ftdist.plan.shapes import Shapes
 from ftdist.plan.speed import duration, step
@@ -35,8 +35,21 @@ Planner = Callable[[dict[str, Any]], Plan]
 
 def target(config: dict[str, Any], world: int) -> Hardware:
     """The devices that this configuration is planned for."""
-    here = config["cluster"]["nodes"] == 1 and config["hardware"]["name"] in ("auto", "cpu")
-    return hardware(**config["hardware"], here=here, world=world, cores=launcher.cores(), ask=launcher.gpu_facts)
+    cluster, values, cores = config["cluster"], config["hardware"], launcher.cores()
+    here = cluster["nodes"] == 1 and values["name"] in ("auto", "cpu") and cluster["name"] != "slurm"
+    if cluster["name"] == "slurm":
+        values, cores = _in_queue(values, cluster), cluster["cpus"] or cluster["processes"]
+    return hardware(**values, here=here, world=world, cores=cores, ask=launcher.gpu_facts)
+
+
+def _in_queue(values: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:
+    """The hardware that SLURM will give; its memory limit is the host's."""
+    if values["name"] == "auto":
+        kind = cluster["gpu_type"] or slurm.partition_gpus(cluster["partition"])[1] or "" if cluster["gpus"] else None
+        values = elsewhere(values, kind)
+    limit = slurm.memory_bytes(cluster["memory"])
+    values = {**values, "host_memory": values["host_memory"] or limit}
+    return {**values, "memory": values["memory"] or limit} if values["name"] == "cpu" else values
 
 
 def context() -> tuple[str, ...]:
@@ -444,8 +457,8 @@ def largest_percent(config: dict[str, Any], plan: Planner, others: dict[str, Any
     return low or None
 
 
-def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], Plan] | None:
-    """The fastest configuration that fits on the same devices with the same global batch, or None.
+def fit(config: dict[str, Any], plan: Planner, world: int) -> dict[str, Any] | None:
+    """What changes `config` to the fastest that fits on the same devices with the same global batch, or None.
 
     Tried: every engine that shards, micro-batches that divide the rows of a rank, with and without recomputation; if
     none fits, optimizer states in 8 bit, then in the host's memory.
@@ -459,7 +472,7 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], P
         rounds.append((plain, {"train.optim": "adamw_8bit"}))
     rounds.append((["zero3_offload"], {}))
     for engines, extra in rounds:
-        best: tuple[float, dict[str, Any], Plan] | None = None
+        best: tuple[float, dict[str, Any]] | None = None
         for name in engines:
             for recompute in (False, True):
                 for size in sizes:
@@ -474,10 +487,10 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], P
                     if made is None or not _surely(made):
                         continue
                     if best is None or made["tokens_per_second"] > best[0]:
-                        best = made["tokens_per_second"], changes, made
+                        best = made["tokens_per_second"], changes
                     break  # smaller micro-batches of the same engine are not faster
         if best:
-            return words(best[1]), best[2]
+            return best[1]
     return None
 
 

@@ -108,6 +108,12 @@ class Health:
             return
         self._act(self.first_loss, "first_loss", 1, math.nan, text)
 
+    def first_difference(self, difference: float, most: float) -> None:
+        """Of log-probabilities (nats a token) between the policy and its reference, before anything was learnt."""
+        if self.first_loss != "ignore" and not abs(difference) <= most:
+            text = f"policy and reference differ by {difference:.4g} nats a token before the first step"
+            self._act(self.first_loss, "first_loss", 1, math.nan, text)
+
     def _act(self, action: str, kind: str, step: int, norm: float, text: str) -> bool:
         losses = [repr(loss) for loss in self.losses()]
         self._say(step, kind, text, action=action, grad_norm=repr(norm), loss_by_rank=losses)

@@ -6,13 +6,14 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist import base as bases
 from ftdist import (
+    align,
     chat,
     checkpoint,
     forecast,
@@ -26,10 +27,13 @@ from ftdist import (
     report,
     rundir,
     schema,
+    slurm,
+    start,
     stops,
     tracking,
     trainkeys,
 )
+from ftdist import base as bases
 from ftdist import evaluate as evaluation
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
@@ -72,8 +76,8 @@ def _top(
     """The keys outside every group."""
 
 
-def _task(*, name: Literal["sft"]) -> None:
-    """The keys of `task`."""
+def _task(*, name: Literal["sft", "dpo"]) -> None:
+    """The keys of `task=sft`."""
 
 
 def check(config: dict[str, Any]) -> None:
@@ -82,16 +86,21 @@ def check(config: dict[str, Any]) -> None:
     trainkeys.check({k: v for k, v in config["train"].items() if not (k in AUTOMATIC and v is None)})
     schema.check("model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype"))
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
-    schema.check("task", config["task"], _task)
+    schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
+    if config["task"]["name"] == "dpo":
+        align.check(config["task"], config["train"])
+        if config["data"]["replay"] is not None:
+            raise UserError(f"data.replay={config['data']['replay']}: task=dpo learns from pairs, replayed rows are "
+                            "none; leave it out, or replay in the task=sft run before it")  # fmt: skip
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
-    schema.check("forgetting", config["forgetting"], forgetting.function(config["forgetting"].get("name")))
     schema.check("stopping", config["stopping"], judge.settings)
+    schema.check("forgetting", config["forgetting"], forgetting.function(config["forgetting"].get("name")))
     stops.Limit(config["train_until"])
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
     schema.check("chat", config["chat"], chat.settings)
-    schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
+    check_cluster(config["cluster"])
     schema.check("hardware", config["hardware"], hardware, context=forecast.context())
     engine = launcher.engine_function(config["engine"].get("name"))
     schema.check("engine", config["engine"], engine)
@@ -110,12 +119,25 @@ def check(config: dict[str, Any]) -> None:
     schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
 
 
+def check_cluster(cluster: dict[str, Any]) -> None:
+    """Every key of `cluster`; those of SLURM only where it is chosen."""
+    queue = (slurm.options, slurm.setup, slurm.in_task, slurm.in_job, slurm.submission)
+    more = queue if cluster.get("name") == "slurm" else ()
+    schema.check("cluster", cluster, launcher.processes, *more, context=("here",))
+
+
+def per_node(cluster: dict[str, Any], here: bool) -> int:
+    """Processes on each node. here: they are to start on this machine, if `cluster` is one machine."""
+    keys = schema.pick(launcher.processes, cluster)
+    return launcher.processes(**keys, here=here and cluster["name"] != "slurm")
+
+
 DATA_CONTEXT = ("tokenizer_path", "revision", "trust_remote_code", "max_length", "packing", "task", "seed",
                 "cache_dir")  # fmt: skip
 
 
-def model_keys(*, path: str, architecture: dict[str, Any] | None) -> None:
-    """The keys of `model` that the plan reads."""
+def model_keys(*, path: str, architecture: dict[str, Any] | None, adapter: Literal["merge", "continue"]) -> None:
+    """The keys of `model` that the plan reads; adapter: what becomes of the one that a run in `path` left."""
 
 
 def plan(
@@ -137,14 +159,24 @@ def plan(
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
-    if is_preference(config["data"]):
-        raise UserError("data.format=preference: no task trains on preferences yet; `ftdist data` prepares them")
+    dpo = config["task"]["name"] == "dpo"
+    if is_preference(config["data"]) and not dpo:
+        raise UserError(
+            "data.format=preference: task=sft learns from answers, not from pairs of them; use task=dpo (`ftdist data` "
+            "prepares them without a task)"
+        )
+    if dpo and config["data"]["format"] not in ("auto", "preference"):
+        raise UserError(
+            f"data.format={config['data']['format']}: task=dpo learns from chosen and rejected answers; use "
+            "data.format=preference, or task=sft"
+        )
     asked = shapes is None
     if examples is None and asked:
         examples = look.count(config["data"]["path"])
     train, engine = config["train"], config["engine"]["name"]
-    count = launcher.processes(**config["cluster"], here=False)
+    count = per_node(config["cluster"], here=False)
     available, kind = launcher.devices()
+    local, run_dir = config["cluster"]["name"] != "slurm", Path(config["run_dir"])
     devices = forecast.target(config, count * config["cluster"]["nodes"])
     shapes = shapes or shapes_of(config["model"])
     total = shapes.total
@@ -201,6 +233,7 @@ def plan(
         num_train_epochs=train["num_train_epochs"],
         max_steps=train["max_steps"],
         about=guess is not None,
+        sequences_per_row=2 if dpo else 1,
     )
     whole = recipe.peft is None and recipe.trainable is None
     made: dict[str, Any] = {
@@ -216,7 +249,7 @@ def plan(
         "precision": dtype,
         "processes": count,
         "nodes": config["cluster"]["nodes"],
-        "devices": f"{kind}s, {available} here" if config["hardware"]["name"] == "auto" else devices.name,
+        "devices": f"{kind}s, {available} here" if config["hardware"]["name"] == "auto" and local else devices.name,
         "sequences_per_step": batch.sequences_per_step,
         "tokens_per_step": batch.tokens_per_step,
         "arithmetic": batch.arithmetic,
@@ -227,7 +260,7 @@ def plan(
             if forgetting.is_on(config["forgetting"])
             else {}
         ),
-        "command": [launcher.command(Path(config["run_dir"]))],
+        "command": [launcher.command(run_dir) if local else ["sbatch", str(run_dir / slurm.SCRIPT)]],
         **({"forgetting": forgetting.said(config["forgetting"], recipe.peft is not None)} if forgets else {}),
         "advice": advice(
             strategy=config["strategy"]["name"],
@@ -244,6 +277,10 @@ def plan(
         "trained": dtype if stage else "float32",
         "adapters": recipe.peft is not None,
     }
+    if dpo:
+        made["reference"] = align.reference_kind(
+            config["task"], recipe.peft is not None, config["model"]["adapter"] == "continue"
+        )
     if batch.steps_per_epoch is not None:
         made["steps_per_epoch"] = batch.steps_per_epoch
     if batch.total_steps is not None:
@@ -267,24 +304,26 @@ def _planner(
 
 def fitted(config: dict[str, Any]) -> dict[str, Any]:
     """The plan of the fastest configuration that fits with the same global batch, and its `overrides`."""
-    world = launcher.processes(**config["cluster"], here=False) * config["cluster"]["nodes"]
+    world = per_node(config["cluster"], here=False) * config["cluster"]["nodes"]
     found = forecast.fit(config, _planner(shapes_of(config["model"])), world)
     if found is None:
         raise UserError(f"--fit: nothing fits {world} of hardware={config['hardware']['name']} with this strategy and "
                         "global batch; ftdist plan without --fit lists what would")  # fmt: skip
-    overrides, made = found
-    return {**made, "overrides": overrides}
+    return {**plan(forecast.changed(config, found)), "overrides": forecast.words(found)}
 
 
 def scaling(config: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
     """How the run scales over numbers of devices."""
-    world = launcher.processes(**config["cluster"], here=False) * config["cluster"]["nodes"]
+    world = per_node(config["cluster"], here=False) * config["cluster"]["nodes"]
     return forecast.sizes(config, _planner(shapes_of(config["model"])), world, sizes)
 
 
 def decide(config: dict[str, Any]) -> None:
     """Check every key, then fill what was left to the program: precision, recomputation, the run directory's name."""
     check(config)
+    if config["cluster"]["name"] == "slurm":
+        settle(config["cluster"], config["hardware"]["name"])
+    start.check(config["model"], config["strategy"])
     train = config["train"]
     devices = forecast.target(config, 1)
     if train["bf16"] is None:
@@ -296,22 +335,37 @@ def decide(config: dict[str, Any]) -> None:
         config["run_dir"] = rundir.fresh_name(config["model"]["path"], config["strategy"]["name"])
 
 
-def ready(config: dict[str, Any]) -> None:
-    """Refuse, before anything is made, what is wrong or cannot work on this machine."""
+def settle(cluster: dict[str, Any], hardware_name: str) -> None:
+    """Numbers in place of `auto` for a job of SLURM."""
+    keys = schema.pick(slurm.resolved, cluster)
+    cluster |= slurm.resolved(**keys, cpu=hardware_name == "cpu", known=hardware_name != "auto")
+
+
+def ready(config: dict[str, Any], known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Refuse, before anything is made, what is wrong or cannot work on this machine; the plan.
+
+    known: the plan of another member of a sweep, which is this one's too.
+    """
     if config["resume"] == "auto" and config["run_dir"] is None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     decide(config)
-    launcher.processes(**config["cluster"], here=True)
+    per_node(config["cluster"], here=True)
     shapes_of(config["model"], need_weights=True)
     kind = launcher.devices()[1]
-    if config["hardware"]["name"] != "auto" and forecast.target(config, 1).gpu != (kind == "GPU"):
+    if (
+        config["cluster"]["name"] != "slurm"
+        and config["hardware"]["name"] != "auto"
+        and forecast.target(config, 1).gpu != (kind == "GPU")
+    ):
         raise UserError(
             f"hardware={config['hardware']['name']}: this machine has {kind}s; leave it out (ftdist plan takes it)"
         )
-    made = dict(plan(config))
-    forecast.refuse_what_cannot_fit(made, config["must_fit"])
+    made = known or dict(plan(config))
+    if known is None:
+        forecast.refuse_what_cannot_fit(made, config["must_fit"])
     place = next(folder for folder in Path(config["run_dir"]).absolute().parents if folder.is_dir())
     forecast.refuse_without_disk(made, config["run_dir"], shutil.disk_usage(place).free, config["must_fit"])
+    return made
 
 
 def run(config: dict[str, Any], run_dir: Path) -> None:
@@ -324,15 +378,22 @@ def run(config: dict[str, Any], run_dir: Path) -> None:
         lease.release(run_dir, token)
 
 
-def launch(run_dir: Path, token: int) -> None:
-    """Start a frozen run or go on with it, again after failures if that is wanted, and evaluate what came out."""
+def launch(
+    run_dir: Path, token: int, start: Callable[[], None] | None = None, end: Callable[[], None] | None = None
+) -> None:
+    """Start a frozen run or go on with it, again after failures if that is wanted, and evaluate what came out.
+
+    start: starts the ranks and waits for them, as launcher.run does it on this machine; end: what `finish` does.
+    """
     config = rundir.read_config(run_dir)
-    count = launcher.processes(**config["cluster"], here=True)
+    count = per_node(config["cluster"], here=start is None)
     rundir.write_yaml(
         run_dir / "accelerate.yaml",
         launcher.accelerate_file(config["engine"]["name"], count, run_dir / "deepspeed.json"),
     )
-    world = f"{count} process" + ("es" if count > 1 else "")
+    start = start or partial(launcher.run, run_dir, count, token, config["health"]["grace_seconds"])
+    nodes = config["cluster"]["nodes"]
+    world = f"{count} process" + ("es" if count > 1 else "") + (f" on each of {nodes} nodes" if nodes > 1 else "")
     print(f"starting {world} ({config['engine']['name']}) in {run_dir}", flush=True)
     if config["engine"]["name"] == "zero3_nvme":
         print("engine=zero3_nvme: no checkpoints; a run that is stopped begins again", flush=True)
@@ -340,7 +401,7 @@ def launch(run_dir: Path, token: int) -> None:
     while True:
         before = _progress(run_dir)
         try:
-            launcher.run(run_dir, count, token, keys["grace_seconds"])
+            start()
             break
         except Failed as failure:
             if rundir.left_out(run_dir) != before[1]:  # a roll-back: the last checkpoint, without that step
@@ -358,7 +419,7 @@ def launch(run_dir: Path, token: int) -> None:
                 restarts += 1
             rundir.record(run_dir, token, "restart", None, reason=str(failure))
             print(f"{failure}\nstarting again", flush=True)
-    finish(run_dir)
+    (end or partial(finish, run_dir))()
 
 
 def _progress(run_dir: Path) -> tuple[list[int], list[int]]:
@@ -370,10 +431,13 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     """Prepare model files and data, then write down everything that the ranks will read, config.yaml last."""
     rundir.write_json(run_dir / ASKED, config)
     model = config["model"]
+    start.settle(model, run_dir)
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
+    other = other_reference(config)
     weights = bases.fingerprint(model["path"])
-    prepared, general = prepared_data(config), general_data(config, forgetting.identity(weights["files"]))
+    prepared = prepared_data(config, run_dir=run_dir)
+    general = general_data(config, forgetting.identity(weights["files"]))
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
@@ -399,8 +463,15 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     rundir.write_json(run_dir / "data_report.json", report)
     rundir.write_json(run_dir / bases.FILE, weights)
     rundir.write_json(run_dir / "env.json", rundir.environment())
-    facts = {"prepared": str(prepared), "retention": retention, "fisher_data": general, "id": uuid.uuid4().hex[:12]}
-    rundir.write_json(run_dir / "plan.json", {**made, **facts})
+    if "reference" in made:
+        # the base's files and its adapter are what training starts from, and with it the reference, unless it is other
+        adapter = start.adapter(run_dir)
+        begins = [weights["files"], bases.fingerprint(str(adapter))["files"] if adapter else None, other]
+        quantization = recipe_of(config, shapes_of(model), measured=True).quantization
+        computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
+        made["reference_key"] = align.key(begins, prepared.name, computed)
+    frozen = {"prepared": str(prepared), "retention": retention, "fisher_data": general, "id": uuid.uuid4().hex[:12]}
+    rundir.write_json(run_dir / "plan.json", {**made, **frozen})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
@@ -465,17 +536,34 @@ def _counted(ranks: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def is_preference(data: dict[str, Any]) -> bool:
-    """Whether `data:` says that its rows are preferences; `ftdist data` prepares them, no task trains on them yet."""
+    """Whether `data:` says that its rows are preferences."""
     path = data["path"]
     parts = [part for part in path if isinstance(part, dict)] if isinstance(path, list) else []
     return "preference" in (data["format"], *(part.get("format") for part in parts))
 
 
-def prepared_data(config: dict[str, Any], preference: bool = False) -> Path:
-    """The prepared data set of this configuration, made now or found in the cache."""
+def other_reference(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Settle `task.reference_model`, if there is one: its directory, and the hashes of its files."""
+    task, model = config["task"], config["model"]
+    if task.get("reference_model") is None:
+        return None
+    path = task["reference_model"]
+    directory = str(start.whole(path)) if start.is_run(path) else models.local_path(path, None)
+    start.same_tokenizer(model["path"], directory, "task.reference_model", model["trust_remote_code"])
+    task["reference_model"] = directory
+    files: dict[str, Any] = bases.fingerprint(directory)["files"]
+    return files
+
+
+def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Path | None = None) -> Path:
+    """The prepared data set of this configuration, made now or found in the cache. run_dir: of a run that exists."""
+    path = config["model"]["path"]
+    tokenizer = start.adapter(run_dir) if run_dir else None
+    if tokenizer is None and start.is_run(path):
+        tokenizer = start.tokenizer_directory(path)
     return prepare(
         **config["data"],
-        tokenizer_path=models.local_path(config["model"]["path"], config["model"]["revision"]),
+        tokenizer_path=str(tokenizer or models.local_path(path, config["model"]["revision"])),
         revision=config["model"]["revision"],
         trust_remote_code=config["model"]["trust_remote_code"],
         max_length=config["train"]["max_length"],
@@ -509,7 +597,8 @@ def general_data(config: dict[str, Any], model: str) -> str | None:
 
 def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:
     """The shapes of the model that `model:` names, from config.json; the demo model is made on the way."""
-    path = models.local_path("demo", None) if model["path"] == "demo" else model["path"]
+    made_here = model["path"] == "demo" or start.is_run(model["path"])
+    path = models.local_path(model["path"], None) if made_here else model["path"]
     return model_shapes(
         path,
         model["architecture"],

@@ -92,6 +92,62 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         )
 
 
+class TokenLogProbabilities(torch.autograd.Function):
+    """Log-probability (N,) in float32 of each target under `hidden @ weight.T + bias`.
+
+    hidden (N, H), targets (N,) without ignored ones. What each token's gradient is multiplied with is known in the
+    backward pass alone, so a chunk's logits are made a second time there: four matrix products a chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(device, enabled=False):
+            matrix = weight.to(dtype)
+            for part in _chunks(hidden, weight):
+                logits = _logits(hidden[part], matrix, bias)
+                found[part] = logits.gather(1, targets[part, None])[:, 0] - logits.logsumexp(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.dtype = dtype
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (wanted,) = upstream
+        hidden, weight, bias, targets = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            matrix = weight.to(ctx.dtype)
+            for part in _chunks(hidden, weight):
+                grad = _logits(hidden[part], matrix, bias).softmax(-1).mul_(-wanted[part, None])
+                grad.scatter_add_(1, targets[part, None], wanted[part, None])
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(matrix.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (grad @ matrix).to(hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad.t() @ hidden[part].to(matrix.dtype)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
+    size = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+    return (slice(start, start + size) for start in range(0, len(hidden), size))
+
+
+def _logits(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    own = None if bias is None else bias.to(matrix.dtype)
+    return nn.functional.linear(hidden.to(matrix.dtype), matrix, own).float()
+
+
 class Head:
     """The output head of a model, able to answer with a loss instead of logits.
 
@@ -102,6 +158,7 @@ class Head:
         self.module = model.get_output_embeddings()
         self.smoothing, self.kind = smoothing, kind
         self.targets: torch.Tensor | None = None
+        self.each = False
         self.marked: torch.Tensor | None = None
         self.of_marked: torch.Tensor | None = None
         # An adapter on the head, or a head that is no plain matrix, has a forward of its own.
@@ -118,6 +175,8 @@ class Head:
         weight, bias = self.module.weight, self.module.bias
         if not torch.is_grad_enabled():  # the function would make gradients that nobody asks for
             weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if self.each:
+            return TokenLogProbabilities.apply(hidden[wanted], weight, bias, self.targets[wanted])
         marked = () if self.marked is None else (self.marked[wanted], self.of_marked)
         return FusedLinearCrossEntropy.apply(
             hidden[wanted], weight, bias, self.targets[wanted], self.smoothing, self.kind, *marked
@@ -129,12 +188,14 @@ class Head:
         targets: torch.Tensor | None,
         marked: torch.Tensor | None = None,
         of_marked: torch.Tensor | None = None,
+        each: bool = False,
     ) -> Iterator[None]:
         """While open the head returns the summed loss over `targets` (B, L), already shifted; None: logits.
 
-        Of the `marked` targets (B, L), the sum is also added to `of_marked`.
+        Of the `marked` targets (B, L), the sum is also added to `of_marked`. each: not the loss, but the
+        log-probability of every target that is not ignored, in their order.
         """
-        self.targets, self.marked, self.of_marked = targets, marked, of_marked
+        self.targets, self.marked, self.of_marked, self.each = targets, marked, of_marked, each
         try:
             yield
         finally:
@@ -160,3 +221,10 @@ def full_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, kin
         plain = nn.functional.cross_entropy(picked.detach(), target, reduction="none")
         losses = losses * (-plain).exp()
     return losses.sum()
+
+
+def full_log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The log-probability of every target that is not ignored, from the full logits (B, L, V)."""
+    wanted = targets != IGNORED
+    picked, target = logits[wanted].float(), targets[wanted]
+    return picked.gather(1, target[:, None])[:, 0] - picked.logsumexp(-1)

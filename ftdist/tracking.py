@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Log = Callable[[dict[str, Any], int], None]
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
+HELD_OUT = {"eval_perplexity": "perplexity", "eval_rewards/accuracies": "preference accuracy"}  # said beside the loss
 
 
 def start(run_dir: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
@@ -152,8 +153,9 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
             step = state.global_step
             if "eval_loss" in logs:
                 self._record({"step": step, **logs})
-                self._say(f"step {step}: held-out loss {logs['eval_loss']:.4f}, "
-                          f"perplexity {logs['eval_perplexity']:.4g}{_of_retention(logs)}", keep=True)  # fmt: skip
+                more = [f"{meaning} {logs[key]:.4g}" for key, meaning in HELD_OUT.items() if key in logs]
+                said = ", ".join([f"step {step}: held-out loss {logs['eval_loss']:.4f}", *more])
+                self._say(f"{said}{_of_retention(logs)}", keep=True)
             elif _held_out(logs):
                 self._record({"step": step, **logs})
                 self._say(f"step {step}{_of_retention(logs)}", keep=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class TokenTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole global batch
         self.loss_is_scaled_for_ga = True
         self.packing = packing
+        self.text_collator = self.data_collator  # of the general sets' rows, whatever the task's are
         self.retention: Mapping[str, Any] = {}  # rows of each general set that is measured at every evaluation
         self.examiner: Any = None  # answers held-out rows at every evaluation, if there is one
         self.consolidation: Any = None  # holds weights near their start, if anything does (EWC)
@@ -236,9 +238,8 @@ class TokenTrainer(Trainer):
     ) -> dict[str, float]:
         """Mean loss over all supervised held-out tokens and its perplexity; each row counts once on one rank."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        loss = self._held_out_loss(rows)
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700))}
-        metrics |= self.retained()
+        found = self._means(self._summed_over(rows, self.data_collator, self._sums))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()} | self.retained()
         if self.examiner is not None:
             rank, world = self.accelerator.process_index, self.accelerator.num_processes
             plain = self.accelerator.unwrap_model(self.model_wrapped)
@@ -256,7 +257,8 @@ class TokenTrainer(Trainer):
         for name, rows in self.retention.items():
             if self.keeper.asked_to_stop():
                 raise AskedToStop
-            metrics[name] = self._held_out_loss(rows)
+            sums = self._summed_over(rows, self.text_collator, partial(TokenTrainer._sums, self))
+            metrics[name] = TokenTrainer._means(self, sums)["loss"]
         judge = self.keeper.judge
         changes = {name: judge.change(name, loss) for name, loss in metrics.items()} if judge is not None else {}
         if len(metrics) > 1:
@@ -273,17 +275,18 @@ class TokenTrainer(Trainer):
         self.keeper.base_measured(metrics)
         self.log(metrics)
 
-    def _held_out_loss(self, rows: Any) -> float:
+    def _summed_over(self, rows: Any, collator: Any, sums: Callable[[Any, Any], torch.Tensor]) -> torch.Tensor:
+        """`sums` of every batch of held-out rows, added up over all ranks; each row counts once on one rank."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         size = self.args.per_device_eval_batch_size
         model = self.model_wrapped
         model.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        totals: Any = 0
         for start in range(0, math.ceil(len(rows) / world), size):
             if start and self.keeper.asked_to_stop():
                 raise AskedToStop
             wanted = [(start + i) * world + rank for i in range(size)]
-            batch = self.data_collator([rows[i % len(rows)] for i in wanted if i < len(rows)] or [rows[0]])
+            batch = collator([rows[i % len(rows)] for i in wanted if i < len(rows)] or [rows[0]])
             if wanted[0] >= len(rows):  # nothing left for this rank, but sharded forwards need every rank
                 batch["targets"].fill_(IGNORED)
             batch = self._prepare_inputs(batch)
@@ -291,10 +294,19 @@ class TokenTrainer(Trainer):
                 if not self.examined:  # nothing was trained in this start yet
                     self._examine(model, batch)
             with self.head.plain(), self.compute_loss_context_manager():
-                totals[0] += self._summed_loss(model, batch).double().sum()
-            totals[1] += (batch["targets"] != IGNORED).sum()
-        totals = self.accelerator.reduce(totals, "sum")
-        return float(totals[0] / totals[1].clamp(min=1))
+                totals = totals + sums(model, batch)
+        reduced: torch.Tensor = self.accelerator.reduce(totals, "sum")
+        return reduced
+
+    def _sums(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a held-out batch adds (float64): its summed loss and its supervised tokens."""
+        count = (batch["targets"] != IGNORED).sum()
+        return torch.stack([self._summed_loss(model, batch).double().sum(), count.double()])
+
+    def _means(self, totals: torch.Tensor) -> dict[str, float]:
+        """Metrics from these sums over all ranks."""
+        loss = float(totals[0] / totals[1].clamp(min=1))
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -318,11 +330,13 @@ class TokenTrainer(Trainer):
         step = self.state.global_step + 1
         if step == 1:
             shares = self.losses()
-            model_config: Any = self.model.config  # type: ignore[union-attr]
-            vocabulary = model_config.get_text_config().vocab_size
-            self.health.first(sum(shares) / len(shares), vocabulary)
+            self._judge_first(sum(shares) / len(shares))
         self.health.may_apply(step, self.norm)  # ZeRO leaves a step of NaN out without asking
         return self.norm
+
+    def _judge_first(self, loss: float) -> None:
+        model_config: Any = self.model.config  # type: ignore[union-attr]
+        self.health.first(loss, model_config.get_text_config().vocab_size)
 
     def losses(self) -> list[float]:
         """Each rank's share of this step's loss, times the world size; their mean is the loss."""

@@ -14,11 +14,12 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import judge, lease, rundir, schema, stops
+from ftdist import judge, lease, rundir, schema, start, stops
 from ftdist.errors import FAILED, OK, STOPPED, USAGE, Failed, UserError
 
 
@@ -60,10 +61,10 @@ def train(run_dir: Path) -> int:
 
     meter = Meter(int(os.environ.get("RANK", "0")))
     tokenizer = models.tokenizer(path, revision, remote)
-    wanted = {key: value for key, value in config["model"].items() if key != "architecture"}
+    wanted = schema.pick(models.load, config["model"])
     set_seed(config["seed"])  # adapters start from random numbers; the trainer seeds only itself
     model = models.load(**wanted, quantization=recipe.quantization, loaded_dtype=plan["loaded"])
-    model = models.apply(model, recipe, trained_dtype=plan["trained"])
+    model = models.apply(model, recipe, trained_dtype=plan["trained"], adapter=start.adapter(run_dir))
     if plan["adapters"] and arguments.gradient_checkpointing:
         model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
 
@@ -78,7 +79,10 @@ def train(run_dir: Path) -> int:
         run_dir,
         ranks,
         token,
-        {key: plan[key] for key in ("model", "strategy", "engine", "sequences_per_step", "id")},
+        {
+            **{key: plan[key] for key in ("model", "strategy", "engine", "sequences_per_step", "id")},
+            "versions": rundir.versions(),
+        },
         plan["checkpoint_bytes"],
         stops.Limit(config["train_until"]),
         watch.progress,
@@ -87,24 +91,36 @@ def train(run_dir: Path) -> int:
     )
     if checkpoint:
         keep.resume(*checkpoint)
+    kind: Any = TokenTrainer
+    pad_id = tokenizer.pad_token_id or 0
+    collate_rows: Any = partial(collate, general=general)
+    rows = [datasets.load_from_disk(str(data / split)) for split in ("train", "validation")]
+    named: dict[str, Any] = {}
+    if config["task"]["name"] == "dpo":
+        from ftdist.align import setup
+
+        kind, collate_rows, rows = setup.PreferenceTrainer, setup.collate_pairs, [setup.PairRows(part) for part in rows]
+        named = setup.keys(run_dir, config, plan, token, recipe)
     with models.partly_quantized(model):
-        trainer = TokenTrainer(
+        trainer = kind(
             model=model,
             args=arguments,
             packing=config["train"]["packing"],
             loss_type=config["train"]["loss_type"],
             trainable=plan["trainable_parameters"],
-            train_dataset=datasets.load_from_disk(str(data / "train")),
-            eval_dataset=datasets.load_from_disk(str(data / "validation")),
-            data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0, general=general),
+            train_dataset=rows[0],
+            eval_dataset=rows[1],
+            data_collator=partial(collate_rows, pad_id=pad_id),
             replay=bool(general),
             callbacks=list(recipe.callbacks),
             keeper=keep,
             health=Health(
                 run_dir, token, main, **{key: config["health"][key] for key in schema.keys_of(Health.__init__)}
             ),
+            **named,
         )
     trainer.sharded = plan["stage"] == 3
+    trainer.text_collator = partial(collate, pad_id=pad_id)
     if evaluate.retention_while_training(config["eval"], config["stopping"]):
         trainer.retention = {
             f"eval_{evaluate.of_set(name)}_loss": datasets.load_from_disk(str(Path(folder) / "validation"))
@@ -217,8 +233,11 @@ def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, An
     return arguments
 
 
-def main(run_dir: Path) -> int:
-    """Run `train`, keep this rank's output and error in `logs/`, and answer with an exit status."""
+def main(run_dir: Path, at_failure: Callable[[], None] | None = None) -> int:
+    """Run `train`, keep this rank's output and error in `logs/`, and answer with an exit status.
+
+    A failure ends the process; `at_failure` is called just before.
+    """
     rank = int(os.environ.get("RANK", "0"))
     os.umask(rundir.PRIVATE)
     os.environ.setdefault(stops.STARTED, str(time.time()))
@@ -246,6 +265,8 @@ def main(run_dir: Path) -> int:
         fail(run_dir, message, status)
         # Not sys.exit: other threads and atexit hooks of a half-made process group can hang for minutes.
         sys.stderr.flush()
+        if at_failure:
+            at_failure()
         os._exit(status)
 
 
@@ -253,7 +274,8 @@ def fail(run_dir: Path, message: str, status: int = FAILED) -> None:
     """Leave this rank's last word for whoever started it."""
     rank = int(os.environ.get("RANK", "0"))
     logs = run_dir / "logs"
-    report = {"rank": rank, "time": time.time(), "message": message, "log": str(logs / f"rank-{rank}.log")}
+    report = {"rank": rank, "time": time.time(), "message": message, "log": str(logs / f"rank-{rank}.log"),
+              "node": os.environ.get("SLURMD_NODENAME"), "lease": os.environ.get(lease.VARIABLE)}  # fmt: skip
     with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
         rundir.write_json(logs / f"rank-{rank}.error.json", {**report, "status": status})
 

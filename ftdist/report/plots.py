@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ INK, GRID, SERIES = ("#1f2328", "#010203"), ("#d8dee4", "#010204"), [
 MARKS = {"start": ("o", 0), "resume": ("^", 3), "restart": ("^", 3), "checkpoint": ("|", 2), "stopped": ("s", 5),
          "finished": ("*", 2)}  # fmt: skip
 FAULT = ("X", 4)
+COLOURED = 8  # runs that have a colour and a name in a plot, the best ones
+AXES = 7  # of parallel coordinates, beside the objective's
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,79 @@ def of_run(run: Run) -> dict[str, Plot]:
     return found
 
 
-def of_several(runs: list[Run]) -> dict[str, Plot]:
-    """Name → plot that compares."""
+def of_several(
+    runs: list[Run], own: dict[str, dict[str, Any]], values: dict[str, float | None], objective: str
+) -> dict[str, Plot]:
+    """Name → plot that compares `runs`, the best first. own: run name → what it differs in; values: its objective."""
     found: dict[str, Plot] = {}
     curves = {run.name: run for run in runs}
-    _curve(found, curves, "loss", "loss", "loss (nats a token)")
     _curve(found, curves, "held_out_loss", "eval_loss", "held-out loss")
+    _curve(found, curves, "loss", "loss", "loss (nats a token)")
+    _coordinates(found, own, values, objective)
     _curve(found, curves, "gradient_norm", "grad_norm", "gradient norm")
     _curve(found, curves, "throughput", "tokens_per_second", "tokens/s, all ranks")
     _trade(found, curves)
     return found
+
+
+def _coordinates(
+    found: dict[str, Plot], own: dict[str, dict[str, Any]], values: dict[str, float | None], objective: str
+) -> None:
+    """Parallel coordinates: an axis for each key that differs and one for the objective, a line a run."""
+    names = [name for name in own if values.get(name) is not None]
+    keys = list(own[names[0]])[:AXES] if names else []
+    if len(names) < 2 or not keys:
+        return
+    columns = {key: [own[name].get(key) for name in names] for key in keys}
+    columns[objective] = [values[name] for name in names]
+    scales = [_scale(column) for column in columns.values()]
+
+    def draw(axes: Any, palette: Palette) -> None:
+        for x, (marks, _) in enumerate(scales):
+            axes.axvline(x, color=palette.grid, linewidth=1, zorder=1)
+            for y, text in marks:
+                axes.text(x + 0.03, y, _cut(text, 14), fontsize=6.5, color=palette.ink, va="bottom", zorder=20)
+        for number, name in enumerate(names):
+            heights = [scale[1][number] for scale in scales]
+            colour, label = (palette.line(number), _cut(name)) if number < COLOURED else (palette.grid, None)
+            width, order = (2.4, 12) if number == 0 else (1.2, 11 - min(number, 9))
+            axes.plot(range(len(scales)), heights, color=colour, linewidth=width, zorder=order, label=label)
+        axes.set_xticks(range(len(scales)), [_cut(name.rpartition(".")[2], 16) for name in columns])
+        axes.set_yticks([])
+        axes.set_ylim(-0.08, 1.12)
+        axes.set_xlim(-0.15, len(scales) - 0.6)
+        axes.grid(False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        axes.legend(frameon=False, fontsize=6.5, labelcolor=palette.ink, ncols=2, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.08))  # fmt: skip
+
+    best = ", ".join(f"{key} {_said(column[0])}" for key, column in columns.items())
+    words = f"parallel coordinates of {len(names)} runs over {', '.join(columns)}; the best: {best}"
+    found["coordinates"] = Plot("what made the difference", words, draw, 2.9)
+
+
+def _scale(column: list[Any]) -> tuple[list[tuple[float, str]], list[float]]:
+    """(height, text) of an axis's marks, and each value's height between 0 and 1.
+
+    Numbers over more than a decade stand by their logarithm; what is no number by its order of appearance.
+    """
+    numbers = [v for v in column if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) < len(column):
+        names = list(dict.fromkeys(map(_said, column)))
+        places = {name: i / max(1, len(names) - 1) if len(names) > 1 else 0.5 for i, name in enumerate(names)}
+        return [(y, name) for name, y in places.items()], [places[_said(value)] for value in column]
+    low, high = min(numbers), max(numbers)
+    measure: Callable[[float], float] = math.log if low > 0 and high / low > 10 else float
+    span = measure(high) - measure(low)
+    heights = [(measure(v) - measure(low)) / span if span else 0.5 for v in numbers]
+    shown = sorted(set(numbers)) if len(set(numbers)) <= 5 else [low, high]
+    marks = [((measure(v) - measure(low)) / span if span else 0.5, _said(v)) for v in shown]
+    return marks, heights
+
+
+def _said(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, label: str) -> None:
@@ -104,7 +170,9 @@ def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, la
     def draw(axes: Any, palette: Palette) -> None:
         for number, (title, (x, y)) in enumerate(lines.items()):
             mark = "o" if len(x) < 3 or title == "held out" else None
-            axes.plot(x, y, color=palette.line(number), label=_cut(title), marker=mark, markersize=3.5, linewidth=1.4)
+            colour, named = (palette.line(number), _cut(title)) if number < COLOURED else (palette.grid, None)
+            order = len(lines) - number if number < COLOURED else 0
+            axes.plot(x, y, color=colour, label=named, marker=mark, markersize=3.5, linewidth=1.4, zorder=2 + order)
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)

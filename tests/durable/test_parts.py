@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -303,3 +305,17 @@ def test_secrets_of_the_command_line_are_not_kept(monkeypatch):
     kept = rundir.environment()["command"]
     assert kept[2] == "data.path=https://***@host/x.jsonl" and kept[3] == "tracking.api_key=***"
     assert kept[4] == "model.path=a@b"
+
+
+def test_a_rank_that_fails_gives_the_lease_back(tmp_path):
+    """Under a foreign launcher nobody else does; the process ends without its `finally` blocks."""
+    script = (
+        "import sys; from pathlib import Path; from ftdist import lease, worker\n"
+        "run = Path(sys.argv[1]); token = lease.take(run).token\n"
+        "def broken(run_dir): raise RuntimeError('out of luck')\n"
+        "worker.train = broken\n"
+        "worker.main(run, at_failure=lambda: lease.release(run, token))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "rank 0: RuntimeError: out of luck" in done.stderr
+    assert lease.read(tmp_path).released
