@@ -81,10 +81,11 @@ class Adapter:
 
 
 class Drift:
-    """The drift s·B·A of merged weights by the base weights' Fisher, a rank having the Fisher of some rows of each.
+    """The drift D = s·(B·A − B₀·A₀) of merged weights by the base weights' Fisher, a rank having that of some rows.
 
-    With M = λF∘s·B·A the gradients are dB = s·M·Aᵀ and dA = s·Bᵀ·M. Rows of B need no other rank; the parts of dA are
-    summed over the ranks. Adapters are small: each step puts them together in full precision from the shards.
+    With M = λF∘D the gradients are dB = s·M·Aᵀ and dA = s·Bᵀ·M. Rows of B need no other rank; the parts of dA are
+    summed over the ranks. Adapters are small: each step puts them together in full precision from the shards. Fresh
+    ones have B₀ = 0.
     """
 
     replicated = False
@@ -122,7 +123,8 @@ class Drift:
         end = 0
         for name, shape in held.shapes.items():
             self.starts[name], end = end, end + shape[0] * shape[1]
-        self.whole = torch.zeros(end + 1, dtype=torch.float32, device=device)  # all adapters; one more for the penalty
+        self.made = torch.zeros(end + 1, dtype=torch.float32, device=device)  # gradients; last the penalty
+        self.start = self._whole()
         self.numbers = {id(key): number for number, key in enumerate(held.keys)}
 
     def backward(self, tally: fisher.Tally) -> Any:
@@ -130,12 +132,28 @@ class Drift:
         return fisher.gradients_of_modules(self.modules, tally)
 
     def kinds(self) -> dict[str, list[torch.Tensor]]:
-        """What is kept in files: the drift starts from nothing, so there is no anchor."""
+        """What is kept in files: a base weight needs no anchor, and adapters start from a seed or RUN/start."""
         return {fisher.KIND: self.fisher}
 
     def begin(self, strength: float) -> Any:
         """Make the gradients of all adapters, once a step; the penalty."""
-        adapters = self.whole.zero_()
+        adapters, made = self._whole(), self.made.zero_()
+        for importance, adapter in zip(self.fisher, self.adapters, strict=True):
+            a, b = self._matrix(adapters, adapter.a), self._matrix(adapters, adapter.b)[adapter.rows]
+            drift = adapter.scale * (
+                b @ a - self._matrix(self.start, adapter.b)[adapter.rows] @ self._matrix(self.start, adapter.a)
+            )
+            force = strength * importance.view(drift.shape) * drift
+            made[-1] += torch.dot(force.view(-1), drift.view(-1)) / 2
+            self._matrix(made, adapter.b)[adapter.rows] = adapter.scale * (force @ a.T)
+            self._matrix(made, adapter.a).copy_(adapter.scale * (b.T @ force))
+        if self.ranks.world > 1:
+            dist.all_reduce(made)
+        return made[-1].clone()
+
+    def _whole(self) -> torch.Tensor:
+        """All adapters, one after another, from the shards."""
+        adapters = torch.zeros_like(self.made[:-1])
         for flat, key in zip(self.held.flats, self.held.keys, strict=True):
             for segment in flat.segments:
                 start = self.starts[segment.name] + segment.start
@@ -143,18 +161,7 @@ class Drift:
                 adapters[start : start + segment.length] = values
         if not self.held.replicated:
             dist.all_reduce(adapters)
-        made = torch.zeros_like(adapters)
-        for importance, adapter in zip(self.fisher, self.adapters, strict=True):
-            a, b = self._matrix(adapters, adapter.a), self._matrix(adapters, adapter.b)[adapter.rows]
-            drift = adapter.scale * (b @ a)
-            force = strength * importance.view(drift.shape) * drift
-            made[-1] += torch.dot(force.view(-1), drift.view(-1)) / 2
-            self._matrix(made, adapter.b)[adapter.rows] = adapter.scale * (force @ a.T)
-            self._matrix(made, adapter.a).copy_(adapter.scale * (b.T @ force))
-        if self.ranks.world > 1:
-            dist.all_reduce(made)
-        self.whole = made
-        return made[-1]
+        return adapters
 
     def pull(self, tensor: torch.Tensor, strength: float, scale: float) -> Any:  # noqa: ARG002
         """Add what `begin` made to the tensor's gradient, times `scale`."""
@@ -162,7 +169,7 @@ class Drift:
         gradient = tensor.grad.view(-1)
         for segment in self.held.flats[self.numbers[id(tensor)]].segments:
             start = self.starts[segment.name] + segment.start
-            values = self.whole[start : start + segment.length]
+            values = self.made[start : start + segment.length]
             gradient[segment.offset : segment.offset + segment.length] += scale * values.to(gradient)
         return 0.0
 
@@ -322,4 +329,6 @@ class Consolidation:
     def tensors(self) -> list[torch.Tensor]:
         """What is held for it on this rank."""
         form = self.form
-        return [*form.fisher, *form.anchors, *([form.whole] if isinstance(form, Drift) else [])] if form else []
+        return (
+            [*form.fisher, *form.anchors, *([form.made, form.start] if isinstance(form, Drift) else [])] if form else []
+        )

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ftdist import base as bases
-from ftdist import checkpoint
+from ftdist import checkpoint, start
 from ftdist.data.prepare import Part
 from ftdist.errors import UserError
 from ftdist.plan.states import Penalty
@@ -150,6 +150,7 @@ def facts(
     peft: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What a Fisher is of: the weights, the data, and whatever else changes gradients at the start."""
+    going_on = start.adapter(run_dir)
     base = json.loads((run_dir / bases.FILE).read_text(encoding="utf-8"))
     return {
         "model": identity(base["files"]),
@@ -158,4 +159,5 @@ def facts(
         "precision": plan["precision"],
         "quantization": quantization,
         "adapters": dict(peft) if peft and keys["adapters"] == "plain" else None,
+        "start": identity(bases.fingerprint(str(going_on))["files"]) if going_on else None,
     }

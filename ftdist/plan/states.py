@@ -81,7 +81,7 @@ def penalty_bytes(penalty: Penalty, held: Iterable[Held], stage: int, world: int
         share = sum(math.ceil(rows / world) * columns for rows, columns in sizes.values())
         every = sum(map(math.prod, sizes.values()))
         largest = max(map(math.prod, sizes.values()), default=0)
-        standing = share * width + 4 * (sum(h.numel for h in wanted) + 1)  # and the adapters' gradients
+        standing = share * width + 4 * (2 * sum(h.numel for h in wanted) + 1)  # adapters' gradients, and their start
         files = every * width
     else:
         if stage == 0:

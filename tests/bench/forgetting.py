@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "durable"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import Forks  # starts of the worker without the seconds that imports take
 
 A, B = "first", "last"
