@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install quickstart test test-slow drill slurm-up slurm-down slurm-drill bench check clean
+.PHONY: install quickstart test test-slow drill slurm-up slurm-down slurm-drill forgetting bench check clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,9 @@ slurm-down:
 
 slurm-drill: $(VENV)/.installed-test ## jobs that are pre-empted, cancelled, cut off; minutes each
 	$(BIN)/python -m pytest -m slow tests/slurm
+
+forgetting: $(VENV)/.installed-test ## what keeps a skill while another is learnt: the table of docs/forgetting.md
+	$(BIN)/python tests/bench/forgetting.py
 
 check: $(VENV)/.installed-test ## lint, types, shell
 	$(BIN)/ruff check .

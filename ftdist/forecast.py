@@ -236,7 +236,7 @@ def refuse_without_disk(plan: Plan, run_dir: str, free: int, must_fit: bool) -> 
     free: bytes, where the run directory will be.
     """
     disk, one = plan["disk_bytes"], plan["checkpoint_bytes"]
-    least = disk["final"] + one
+    least = disk["final"] + one + disk["fisher"]
     most = least + disk["checkpoints"]
     if free >= most:
         return

@@ -226,7 +226,7 @@ def plan(
     )
     forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
-        forgetting.refuse(config["forgetting"], engine, recipe.peft)
+        forgetting.refuse(config["forgetting"], config["task"]["name"], engine, recipe.peft, look=not measured)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if rows is None and asked:
@@ -496,7 +496,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         quantization = recipe_of(config, shapes_of(model), measured=True).quantization
         computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
         made["reference_key"] = align.key(begins, prepared.name, computed)
-    frozen = {"prepared": str(prepared), "retention": retention, "general": general, "id": uuid.uuid4().hex[:12]}
+    frozen = {"prepared": str(prepared), "retention": retention, "fisher_data": general, "id": uuid.uuid4().hex[:12]}
     rundir.write_json(run_dir / "plan.json", {**made, **frozen})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
@@ -614,6 +614,7 @@ def general_data(config: dict[str, Any], model: str) -> str | None:
         forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"])
         return None
     data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
+    data |= {"replay": None, "replay_share": None}
     try:
         return str(prepared_data({**config, "data": data, "train": {**config["train"], "packing": False}}))
     except UserError as failure:

@@ -133,9 +133,12 @@ def train(run_dir: Path) -> int:
             data, config["eval"]["during"], tokenizer, positions_of(model), config["seed"], config["eval"]
         )
     if forgetting.is_on(config["forgetting"]):
+        if main:
+            print(plan["forgetting"], flush=True)
         trainer.consolidation = ewc.Consolidation(
             run_dir,
-            lambda: datasets.load_from_disk(str(Path(plan["general"]) / "train")),
+            lambda: datasets.load_from_disk(str(Path(plan["fisher_data"]) / "train")),
+            partial(meter.during, "fisher"),
             forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft),
             **schema.pick(ewc.Consolidation.__init__, config["forgetting"]),
         )
