@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
-from ftdist import job, launcher, models
+from ftdist import job, launcher
 from ftdist.errors import UserError
 from ftdist.plan import text
 from ftdist.sweep import local, objective
@@ -87,13 +88,20 @@ def fit_together(plans: list[dict[str, Any]], parallel: int, configs: list[dict[
         print(f"warning: {words}", flush=True)
 
 
-def prepared(configs: list[dict[str, Any]]) -> None:
-    """The data of all members, each distinct preparation made once; the members find them in the cache."""
+def prepared(configs: list[dict[str, Any]], wanted: str) -> None:
+    """The data of all members, each distinct preparation made once; the members find them in the cache.
+
+    wanted: the objective. UserError if it needs held-out rows and there are none.
+    """
     done = set()
     for config in configs:
         key = repr((config["data"], config["model"]["path"], config["model"]["revision"], config["task"]["name"],
                     config["train"]["max_length"], config["train"]["packing"], config["seed"]))  # fmt: skip
-        if key not in done:
-            done.add(key)
-            models.local_path(config["model"]["path"], config["model"]["revision"])
-            job.prepared_data(config)
+        if key in done:
+            continue
+        done.add(key)
+        report = json.loads((job.prepared_data(config) / "data_report.json").read_text(encoding="utf-8"))
+        if report["validation"] == 0 and objective.while_training(wanted):
+            raise UserError(
+                f"sweep.objective={wanted}: no row is held out; set data.validation_share or data.validation"
+            )

@@ -109,13 +109,18 @@ def run(
                 time.sleep(LOOK)
 
 
+def command(sweep_dir: Path, name: str) -> list[str]:
+    """What starts a member, or goes on with it."""
+    return [sys.executable, "-m", "ftdist.sweep.member", str(sweep_dir), name]
+
+
 def _start(sweep_dir: Path, name: str, share: Share, alone: bool) -> Running:
     environment = dict(os.environ)
     if share.gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
     attempts = directory.state(sweep_dir, name).attempts + 1
     directory.mark(sweep_dir, name, state=directory.RUNNING, reason=None, status=None, attempts=attempts)
-    words = [sys.executable, "-m", "ftdist.sweep.member", str(sweep_dir), name]
+    words = command(sweep_dir, name)
     prepare = partial(_child, share.cores)
     if alone:
         return Running(

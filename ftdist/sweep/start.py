@@ -82,7 +82,7 @@ def start(made: compose.Composed, argv: list[str]) -> None:
     checks.places(sweep, configs)
     checks.fit_together(plans, sweep["parallel"], configs)
     with rundir.claimed(sweep_dir) as token:
-        checks.prepared(configs)
+        checks.prepared(configs, sweep["objective"])
         members = [] if searching else [Member(*pair) for pair in zip(named, made.words, strict=True)]
         directory.write(sweep_dir, asked, members, configs if members else [])
         (sweep_dir / rundir.CLAIM).unlink()  # a sweep is never an unfinished start of a run
