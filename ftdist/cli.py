@@ -20,6 +20,9 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
                              --sizes 8,16,64: how it scales, hardware=h100: for other machines)
   data  [overrides] [--show N]  prepare the data alone; show N rows token by token with their mask
   resume RUN [overrides]     go on from the newest valid checkpoint, on more or fewer processes if wanted
+  status [RUN…] [--json]     queued, running with step and time left, pre-empted, stopped, done, failed and why
+  logs  RUN [--follow]       what a run says; --rank N: one rank's own log
+  stop  RUN…                 save and stop; take a waiting job out of the queue
   scan  [overrides]          signal-to-noise ratio of every weight matrix (Spectrum)
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
   export RUN [export.key=value]  a plain Hugging Face directory, merged and checked against what was trained
@@ -107,7 +110,14 @@ def train(argv: list[str]) -> int:
         job.ready(config)
         run_dir = Path(config["run_dir"]).expanduser().absolute()
         try:
-            if config["resume"] == "auto" and resuming.begun(run_dir, config):
+            if config["cluster"]["name"] == "slurm":
+                from ftdist import submit
+
+                if status := submit.run(config, run_dir):
+                    return status
+                if config["cluster"]["test_only"]:
+                    continue
+            elif config["resume"] == "auto" and resuming.begun(run_dir, config):
                 resuming.resume(run_dir, config)
             else:
                 job.run(config, run_dir)
@@ -132,9 +142,52 @@ def resume(argv: list[str]) -> int:
 
         start.go_on(run_dir, argv[1:])
         return OK
-    resume.from_words(run_dir, argv[1:])
-    print(f"run: {run_dir}")
+    status = resume.from_words(run_dir, argv[1:])
+    if status == OK:
+        print(f"run: {run_dir}")
+    return status
+
+
+def status(argv: list[str]) -> int:
+    """What runs are doing, a line each; without names all below runs/ and sweeps/."""
+    from ftdist import follow
+
+    as_json = "--json" in argv
+    argv = [word for word in argv if word != "--json"]
+    states = follow.status(_runs("status", argv) if argv else follow.default_runs())
+    print(json.dumps(states, indent=2) if as_json else follow.table(states))
     return OK
+
+
+def logs(argv: list[str]) -> int:
+    """What a run says; with --follow until it ends, with the run's exit status."""
+    from ftdist import follow
+
+    wanted = "--follow" in argv
+    argv, rank = _option([word for word in argv if word != "--follow"], "--rank")
+    if rank is not None and not rank.isdigit():
+        raise UserError(f"--rank={rank}: which rank? --rank 1")
+    if len(argv) != 1:
+        raise UserError("logs: which run? ftdist logs RUN [--follow] [--rank N]")
+    return follow.logs(_runs("logs", argv)[0], wanted, None if rank is None else int(rank))
+
+
+def stop(argv: list[str]) -> int:
+    """Ask runs to save and stop; take those that wait out of the queue."""
+    from ftdist import follow
+
+    for run_dir in _runs("stop", argv):
+        print(f"{run_dir}: {follow.stop(run_dir)}")
+    return OK
+
+
+def _runs(verb: str, argv: list[str]) -> list[Path]:
+    if not argv:
+        raise UserError(f"{verb}: which run? ftdist {verb} RUN")
+    for word in argv:
+        if word.startswith("-") or not Path(word).expanduser().is_dir():
+            raise UserError(f"{word}: no such run directory; ftdist {verb} RUN")
+    return [Path(word).expanduser().absolute() for word in argv]
 
 
 def plan(argv: list[str]) -> int:
@@ -359,6 +412,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "data": data,
     "resume": resume,
+    "status": status,
+    "logs": logs,
+    "stop": stop,
     "scan": scan,
     "eval": evaluate,
     "doctor": doctor,

@@ -14,10 +14,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from ftdist import launcher, rundir
+from ftdist import forgetting, launcher, rundir, slurm
 from ftdist.errors import UserError
 from ftdist.plan.activations import family
-from ftdist.plan.hardware import Hardware, hardware
+from ftdist.plan.hardware import Hardware, elsewhere, hardware
 from ftdist.plan.memory import Case, Memory, disk_bytes, need, standing, zero_sizes
 from ftdist.plan.shapes import Shapes
 from ftdist.plan.speed import duration, step
@@ -35,8 +35,21 @@ Planner = Callable[[dict[str, Any]], Plan]
 
 def target(config: dict[str, Any], world: int) -> Hardware:
     """The devices that this configuration is planned for."""
-    here = config["cluster"]["nodes"] == 1 and config["hardware"]["name"] in ("auto", "cpu")
-    return hardware(**config["hardware"], here=here, world=world, cores=launcher.cores(), ask=launcher.gpu_facts)
+    cluster, values, cores = config["cluster"], config["hardware"], launcher.cores()
+    here = cluster["nodes"] == 1 and values["name"] in ("auto", "cpu") and cluster["name"] != "slurm"
+    if cluster["name"] == "slurm":
+        values, cores = _in_queue(values, cluster), cluster["cpus"] or cluster["processes"]
+    return hardware(**values, here=here, world=world, cores=cores, ask=launcher.gpu_facts)
+
+
+def _in_queue(values: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:
+    """The hardware that SLURM will give; its memory limit is the host's."""
+    if values["name"] == "auto":
+        kind = cluster["gpu_type"] or slurm.partition_gpus(cluster["partition"])[1] or "" if cluster["gpus"] else None
+        values = elsewhere(values, kind)
+    limit = slurm.memory_bytes(cluster["memory"])
+    values = {**values, "host_memory": values["host_memory"] or limit}
+    return {**values, "memory": values["memory"] or limit} if values["name"] == "cpu" else values
 
 
 def context() -> tuple[str, ...]:
@@ -107,6 +120,7 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         background=config["checkpoint"]["background"],
         experts=_experts(shapes),
         stored=shapes.dtype if shapes.dtype in WIDTH else facts["loaded"],
+        penalty=forgetting.planned(config["forgetting"], peft is not None),
     )
 
 
@@ -127,7 +141,7 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
             case,
             memory.states,
             None if steps is None else steps * facts["tokens_per_step"],
-            _kept(config["checkpoint"], steps),
+            _kept(config["checkpoint"], config["stopping"]["restore_best"], steps),
         ),
         "tokens_per_second": speed.tokens_per_second,
         "seconds_per_step": speed.seconds,
@@ -155,10 +169,10 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
     return made
 
 
-def _kept(keys: dict[str, Any], steps: int | None) -> int:
+def _kept(keys: dict[str, Any], restores_best: bool, steps: int | None) -> int:
     """Checkpoints that `checkpoint:` keeps; those of `keep_every` as far as the number of steps is known."""
     lasting = (steps or 0) // keys["keep_every"] if keys["keep_every"] else 0
-    return int(keys["keep_last"] + keys["keep_best"] + lasting)
+    return int(keys["keep_last"] + max(keys["keep_best"], restores_best) + lasting)
 
 
 def _written(keys: dict[str, Any], steps: int, took: float) -> int:

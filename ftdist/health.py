@@ -40,6 +40,7 @@ class Health:
     def __init__(
         self,
         run_dir: Path,
+        token: int,
         main: bool,
         *,
         nonfinite: str,
@@ -48,7 +49,7 @@ class Health:
         no_tokens: str,
         first_loss: str,
     ) -> None:
-        self.run_dir, self.main = run_dir, main
+        self.run_dir, self.token, self.main = run_dir, token, main
         self.losses: Callable[[], list[float]] = list  # gathers every rank's share of the step's loss, for the record
         self.nonfinite, self.spike, self.spike_factor = nonfinite, spike, spike_factor
         self.no_tokens, self.first_loss = no_tokens, first_loss
@@ -107,6 +108,12 @@ class Health:
             return
         self._act(self.first_loss, "first_loss", 1, math.nan, text)
 
+    def first_difference(self, difference: float, most: float) -> None:
+        """Of log-probabilities (nats a token) between the policy and its reference, before anything was learnt."""
+        if self.first_loss != "ignore" and not abs(difference) <= most:
+            text = f"policy and reference differ by {difference:.4g} nats a token before the first step"
+            self._act(self.first_loss, "first_loss", 1, math.nan, text)
+
     def _act(self, action: str, kind: str, step: int, norm: float, text: str) -> bool:
         losses = [repr(loss) for loss in self.losses()]
         self._say(step, kind, text, action=action, grad_norm=repr(norm), loss_by_rank=losses)
@@ -114,11 +121,11 @@ class Health:
             raise Failed(f"step {step}: {text} (health.{kind}=stop)", FENCED)
         if action == "roll_back":
             if self.main:
-                leave_out(self.run_dir, step)
+                leave_out(self.run_dir, self.token, step)
             raise Failed(f"step {step}: {text}; back to the last checkpoint, to leave this step out", STOPPED)
         return action in ("warn", "ignore")
 
     def _say(self, step: int, kind: str, text: str, **facts: Any) -> None:
         if self.main:
-            record(self.run_dir, f"health-{kind}", step, text=text, **facts)
+            record(self.run_dir, self.token, f"health-{kind}", step, text=text, **facts)
             print(f"warning: step {step}: {text}", flush=True)

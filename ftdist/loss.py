@@ -18,7 +18,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     hidden (N, H), targets (N,) without ignored ones. The gradients are made in the forward pass, chunk by chunk:
     three matrix products a chunk, none repeated, and no (N, vocabulary) tensor ever. `kind` is `nll`, or `dft`
-    (each token weighted by its own detached probability, arXiv 2508.05629).
+    (each token weighted by its own detached probability, arXiv 2508.05629). The part of the sum that belongs to the
+    `marked` tokens (N,) is added to the number `of_marked`.
     """
 
     @staticmethod
@@ -30,6 +31,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         smoothing: float,
         kind: str,
+        marked: torch.Tensor | None = None,
+        of_marked: torch.Tensor | None = None,
     ) -> torch.Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         vocabulary = weight.shape[0]
@@ -51,7 +54,10 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 share = (-losses).exp() if kind == "dft" else None
                 if smoothing:
                     losses = (1 - smoothing) * losses + smoothing * (partition - logits.mean(-1, keepdim=True))
-                total += (losses if share is None else losses * share).sum()
+                losses = losses if share is None else losses * share
+                total += losses.sum()
+                if marked is not None and of_marked is not None:
+                    of_marked += losses[marked[start : start + size]].sum()
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
                 grad = logits.sub_(partition).exp_()  # the softmax, in place
@@ -82,10 +88,64 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtype),
             None if grad_weight is None else grad_weight.mul_(scale),
             None if grad_bias is None else grad_bias.mul_(scale),
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
+
+
+class TokenLogProbabilities(torch.autograd.Function):
+    """Log-probability (N,) in float32 of each target under `hidden @ weight.T + bias`.
+
+    hidden (N, H), targets (N,) without ignored ones. What each token's gradient is multiplied with is known in the
+    backward pass alone, so a chunk's logits are made a second time there: four matrix products a chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(device, enabled=False):
+            matrix = weight.to(dtype)
+            for part in _chunks(hidden, weight):
+                logits = _logits(hidden[part], matrix, bias)
+                found[part] = logits.gather(1, targets[part, None])[:, 0] - logits.logsumexp(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.dtype = dtype
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (wanted,) = upstream
+        hidden, weight, bias, targets = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            matrix = weight.to(ctx.dtype)
+            for part in _chunks(hidden, weight):
+                grad = _logits(hidden[part], matrix, bias).softmax(-1).mul_(-wanted[part, None])
+                grad.scatter_add_(1, targets[part, None], wanted[part, None])
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(matrix.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (grad @ matrix).to(hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad.t() @ hidden[part].to(matrix.dtype)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
+    size = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+    return (slice(start, start + size) for start in range(0, len(hidden), size))
+
+
+def _logits(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    own = None if bias is None else bias.to(matrix.dtype)
+    return nn.functional.linear(hidden.to(matrix.dtype), matrix, own).float()
 
 
 class Head:
@@ -98,6 +158,9 @@ class Head:
         self.module = model.get_output_embeddings()
         self.smoothing, self.kind = smoothing, kind
         self.targets: torch.Tensor | None = None
+        self.each = False
+        self.marked: torch.Tensor | None = None
+        self.of_marked: torch.Tensor | None = None
         # An adapter on the head, or a head that is no plain matrix, has a forward of its own.
         capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.usable = type(self.module) is nn.Linear and not capped
@@ -112,18 +175,31 @@ class Head:
         weight, bias = self.module.weight, self.module.bias
         if not torch.is_grad_enabled():  # the function would make gradients that nobody asks for
             weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if self.each:
+            return TokenLogProbabilities.apply(hidden[wanted], weight, bias, self.targets[wanted])
+        marked = () if self.marked is None else (self.marked[wanted], self.of_marked)
         return FusedLinearCrossEntropy.apply(
-            hidden[wanted], weight, bias, self.targets[wanted], self.smoothing, self.kind
+            hidden[wanted], weight, bias, self.targets[wanted], self.smoothing, self.kind, *marked
         )
 
     @contextmanager
-    def answering(self, targets: torch.Tensor | None) -> Iterator[None]:
-        """While open the head returns the summed loss over `targets` (B, L), already shifted; None: logits."""
-        self.targets = targets
+    def answering(
+        self,
+        targets: torch.Tensor | None,
+        marked: torch.Tensor | None = None,
+        of_marked: torch.Tensor | None = None,
+        each: bool = False,
+    ) -> Iterator[None]:
+        """While open the head returns the summed loss over `targets` (B, L), already shifted; None: logits.
+
+        Of the `marked` targets (B, L), the sum is also added to `of_marked`. each: not the loss, but the
+        log-probability of every target that is not ignored, in their order.
+        """
+        self.targets, self.marked, self.of_marked, self.each = targets, marked, of_marked, each
         try:
             yield
         finally:
-            self.targets = None
+            self.targets = self.marked = self.of_marked = None
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -145,3 +221,10 @@ def full_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, kin
         plain = nn.functional.cross_entropy(picked.detach(), target, reduction="none")
         losses = losses * (-plain).exp()
     return losses.sum()
+
+
+def full_log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The log-probability of every target that is not ignored, from the full logits (B, L, V)."""
+    wanted = targets != IGNORED
+    picked, target = logits[wanted].float(), targets[wanted]
+    return picked.gather(1, target[:, None])[:, 0] - picked.logsumexp(-1)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ftdist import start
 from ftdist.errors import UserError
 from ftdist.rundir import cache_root
 from ftdist.schema import nearest
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 
 
 def local_path(path: str, revision: str | None) -> str:
-    """The directory of `path`: itself, the demo model (made here once), or a hub id's snapshot (fetched once)."""
+    """The directory of `path`: itself, the demo model (made here once), a hub id's snapshot (fetched once); of a run
+    what its model's shapes are read from."""
     if path == "demo":
         from ftdist import demo
 
         return str(demo.model(cache_root() / "demo", DEMO_SEED))
     local = Path(path).expanduser()
+    if start.is_run(path):
+        return str(start.shapes_directory(path))
     if local.is_dir():
         return str(local.resolve())
     from huggingface_hub import snapshot_download
@@ -99,9 +103,10 @@ def _device() -> Any:
     return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
 
 
-def apply(model: Any, recipe: Recipe, trained_dtype: str) -> Any:
+def apply(model: Any, recipe: Recipe, trained_dtype: str, adapter: Path | None = None) -> Any:
     """Put adapters around the model, or freeze all but the named parameters, before any engine exists.
 
+    adapter: a directory whose adapter goes on, in the place of a fresh one.
     Trained weights are held in `trained_dtype`, frozen ones stay as loaded. UserError for a name that matches
     nothing: ZeRO fixes the trainable set when it starts.
     """
@@ -121,10 +126,25 @@ def apply(model: Any, recipe: Recipe, trained_dtype: str) -> Any:
             model = peft.get_peft_model(model, config)
         except ValueError as failure:
             raise UserError(f"strategy.target_modules: {str(failure).strip().splitlines()[0]}")
+        if adapter is not None:
+            _fill(model, adapter)
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):  # ZeRO-3 holds shards in its own type
             parameter.data = parameter.data.to(getattr(torch, trained_dtype))
     return model
+
+
+def _fill(model: Any, adapter: Path) -> None:
+    """The adapter's weights from its files. UserError if they are not those of this model's adapter."""
+    import peft
+    from safetensors.torch import load_file
+
+    state = load_file(adapter / "adapter_model.safetensors")
+    own = peft.get_peft_model_state_dict(model)
+    odd = sorted(set(own) ^ set(state))
+    if odd:
+        raise UserError(f"model.adapter=continue: the adapter in {adapter} is not this strategy's ({odd[0]})")
+    peft.set_peft_model_state_dict(model, state)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,11 @@ from ftdist.errors import UserError
 LOGITS = 1 << 28  # elements of the largest logits that a batch may have (1 GiB in float32)
 
 
-def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str) -> tuple[np.ndarray, np.ndarray]:
-    """Summed negative log-likelihood of the supervised tokens of every held-out example, and their number.
+def losses(
+    model: Any, prepared: Path, batch_size: int, pad_id: int, which: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the supervised tokens of every held-out example: the summed negative log-likelihood, the number of those
+    that are the likeliest of the vocabulary in their place, and their number.
 
     A prepared row may hold several examples, one after the other.
     """
@@ -30,7 +33,7 @@ def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str)
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     first = np.cumsum([0, *(len(inside) for inside in rows["lengths"])])  # example of each row
-    sums, counts = np.zeros(first[-1]), np.zeros(first[-1])
+    sums, hits, counts = np.zeros(first[-1]), np.zeros(first[-1]), np.zeros(first[-1])
     vocabulary = model.get_input_embeddings().weight.shape[0]
     with_positions = takes_positions(model)
     done = 0
@@ -48,14 +51,16 @@ def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str)
                 each = torch.nn.functional.cross_entropy(
                     logits[row][wanted].float(), targets[row][wanted], reduction="none"
                 )
+                right = logits[row][wanted].argmax(-1) == targets[row][wanted]
                 inside = rows[i]["lengths"]
                 owner = np.repeat(np.arange(len(inside)), inside)[wanted[: sum(inside)].cpu().numpy()]
                 own = slice(first[i], first[i + 1])
                 sums[own] = np.bincount(owner, each.double().cpu().numpy(), len(inside))
+                hits[own] = np.bincount(owner, right.double().cpu().numpy(), len(inside))
                 counts[own] = np.bincount(owner, minlength=len(inside))
         done += len(chosen)
         progress(f"loss of {which}: {done}/{len(rows)}", done == len(rows))
-    return sums, counts
+    return sums, hits, counts
 
 
 def turn_ends(tokenizer: Any) -> set[int]:

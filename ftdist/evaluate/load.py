@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import base as bases
-from ftdist import models, schema
+from ftdist import models, schema, start
 from ftdist.errors import UserError
 from ftdist.plan.shapes import model_shapes
 from ftdist.strategies import Base, find
@@ -53,14 +53,15 @@ class Loader:
             quantization=self.recipe.quantization if quantised else None,
             loaded_dtype=dtype,
         )
-        if which == "tuned" and adapter:
+        put = (self.final if which == "tuned" else start.adapter(self.run_dir)) if adapter else None
+        if put is not None:
             import peft
 
             try:
-                model = peft.PeftModel.from_pretrained(model, str(self.final))  # type: ignore[assignment]  # wraps it
+                model = peft.PeftModel.from_pretrained(model, str(put))  # type: ignore[assignment]  # wraps it
             except (RuntimeError, ValueError, OSError) as failure:
                 reason = str(failure).strip().splitlines()[0]
-                raise UserError(f"{self.final}: its adapter does not fit {self.base_dir} ({reason})")
+                raise UserError(f"{put}: its adapter does not fit {self.base_dir} ({reason})")
         if not (quantised and self.recipe.quantization):
             model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
         model.eval()

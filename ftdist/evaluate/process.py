@@ -17,12 +17,12 @@ from typing import Any
 from ftdist import base as bases
 from ftdist import rundir
 from ftdist.errors import OK, USAGE, Failed, UserError
-from ftdist.evaluate import g_eval, generate, harness, overlap, scores, tables
+from ftdist.evaluate import g_eval, generate, harness, of_set, overlap, scores, tables
 
 
 def run(
     target: Path, wanted: dict[str, Any], config: dict[str, Any], plan: dict[str, Any] | None, prepared: Path,
-    retention: Path | None,
+    retention: dict[str, str],
 ) -> None:  # fmt: skip
     """Writes eval/metrics.json and eval/samples.jsonl, prints a table and `wanted["show"]` answers."""
     from ftdist.evaluate.load import Exported, Loader
@@ -44,7 +44,7 @@ def run(
     found: dict[str, dict[str, scores.Metric]] = {}
     answers: dict[str, list[str]] = {}
     notes: dict[str, Any] = {"without_reference": without, "held_out": len(rows), "with_prompt": len(asked)}
-    shared = None
+    shared = shared_general = None
     for which in sides:
         if plan is None:
             model, tokenizer = loader.load(which)
@@ -53,11 +53,21 @@ def run(
         if shared is None and (wanted["data"] or not config["data"]["decontaminate"]) and plan is not None:
             shared = overlap.found(Path(plan["prepared"]), tokenizer, with_prompt)
         pad = tokenizer.pad_token_id or 0
-        loss = scores.loss(*generate.losses(model, prepared, wanted["batch_size"], pad, which))
-        found[which] = {"loss": loss, "perplexity": scores.perplexity(loss)}
-        if retention is not None:
-            kept = scores.loss(*generate.losses(model, retention, wanted["batch_size"], pad, f"{which}, retention"))
-            found[which] |= {"retention_loss": kept, "retention_perplexity": scores.perplexity(kept)}
+        if shared_general is None:
+            sets = {} if plan is None else retention
+            trained = Path(plan["prepared"]) if plan is not None else Path()
+            shared_general = {
+                name: overlap.found(trained, tokenizer, overlap.held_out(Path(folder))) for name, folder in sets.items()
+            }
+        found[which] = scores.of_tokens(*generate.losses(model, prepared, wanted["batch_size"], pad, which))
+        general = []
+        for name, kept_in in retention.items():
+            title = of_set(name)
+            kept = generate.losses(model, Path(kept_in), wanted["batch_size"], pad, f"{which}, {title}")
+            found[which] |= {f"{title}_{n}": metric for n, metric in scores.of_tokens(*kept).items()}
+            general.append(found[which][f"{title}_loss"])
+        if len(general) > 1:
+            found[which]["retention_loss"] = scores.mean_of_sets(general)
         if prompts:
             answers[which], cut = generate.answers(
                 model, tokenizer, prompts, wanted["max_new_tokens"], wanted["batch_size"], which
@@ -73,7 +83,7 @@ def run(
     folder = target / "eval"
     folder.mkdir(exist_ok=True)
     kept_values = {k: wanted[k] for k in ("data", "max_new_tokens", "answer_pattern", "bleu_tokenize", "retention")}
-    record = {"settings": kept_values, "overlap": shared, **notes}
+    record = {"settings": kept_values, "overlap": shared, "retention_overlap": shared_general or {}, **notes}
     _write(folder, with_prompt, found, answers, record, wanted["resamples"], config["seed"])
     if wanted["g_eval"]["criteria"] and prompts:
         judged, ledger = g_eval.judge(with_prompt, answers, **wanted["g_eval"])
@@ -134,7 +144,7 @@ def _write(
 
 
 def _of_answers(name: str, metric: scores.Metric, rows: list[Any]) -> bool:
-    return len(metric.rows) == len(rows) and not name.endswith(("loss", "perplexity"))
+    return len(metric.rows) == len(rows) and not name.endswith(("loss", "perplexity", "accuracy"))
 
 
 def _plain(value: Any) -> Any:
@@ -163,7 +173,7 @@ def main(said: Path) -> int:
             task["config"],
             task["plan"],
             Path(task["prepared"]),
-            Path(task["retention"]) if task["retention"] else None,
+            task["retention"],
         )
     except UserError as failure:
         said.write_text(str(failure), encoding="utf-8")

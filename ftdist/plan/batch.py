@@ -29,16 +29,17 @@ def batch_arithmetic(
     num_train_epochs: float,
     max_steps: int,
     about: bool = False,
+    sequences_per_row: int = 1,
 ) -> Batch:
     """`processes` is per node; `rows` counts what the trainer sees: packed rows where rows are packed; `about`: it is
-    a guess from the size of the data.
+    a guess from the size of the data; `sequences_per_row`: 2 where a row is a pair of answers.
 
     Steps as in transformers' `Trainer.set_initial_training_values`: the last batch of an epoch may be short,
     a `max_steps` above 0 overrides the epochs.
     """
     world = processes * nodes
     sequences = per_device_train_batch_size * gradient_accumulation_steps * world
-    tokens = sequences * max_length
+    tokens = sequences * sequences_per_row * max_length
 
     factors = [
         f"{per_device_train_batch_size:,} micro-batch",
@@ -48,14 +49,15 @@ def batch_arithmetic(
     if nodes > 1:
         factors.append(f"{nodes:,} nodes")
     amount = f"{tokens:,} tokens per step" if packing else f"at most {tokens:,} tokens per step (rows are not packed)"
-    lines = [f"{' × '.join(factors)} = {sequences:,} sequences × {max_length:,} tokens = {amount}"]
+    unit = "sequences" if sequences_per_row == 1 else f"pairs × {sequences_per_row} sequences"
+    lines = [f"{' × '.join(factors)} = {sequences:,} {unit} × {max_length:,} tokens = {amount}"]
 
     per_epoch = total = None
     if rows is not None:
         micro_batches = math.ceil(rows / (per_device_train_batch_size * world))
         per_epoch = max(math.ceil(micro_batches / gradient_accumulation_steps), 1)
         total = math.ceil(num_train_epochs * per_epoch)
-        kind = "packed rows" if packing else "rows"
+        kind = "packed rows" if packing else "rows" if sequences_per_row == 1 else "pairs"
         epoch = f"{'about ' if about else ''}{rows:,} {kind} / {sequences:,} = {per_epoch:,} steps per epoch"
         if max_steps <= 0:
             lines.append(f"{epoch} × {num_train_epochs:g} epochs = {total:,} steps")

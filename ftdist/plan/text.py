@@ -24,6 +24,7 @@ def render(plan: Plan) -> str:
             [f"{plan['strategy']}  trains {trained:,} parameters, {_percent(trained, total)} of the model"],
         ),
         ("", _table(plan["trainable_by_type"])),
+        ("forgetting", [plan["forgetting"]] if "forgetting" in plan else []),
         ("engine", [f"{plan['engine']}, {world}"]),
         ("devices", [plan["devices"]]),
         ("precision", [plan["precision"]]),

@@ -144,7 +144,7 @@ def _said(value: Any) -> str:
 
 
 def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, label: str) -> None:
-    """`key` over steps, a line a run; of one run's loss, the held-out loss too."""
+    """`key` over steps, a line a run; of one run's loss, its parts and the held-out loss too."""
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for run_name, run in runs.items():
         rows = [row for row in (run.held_out if key == "eval_loss" else run.steps) if row.get(key) is not None]
@@ -157,6 +157,10 @@ def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, la
         (run,) = runs.values()
         if lines:
             lines = {"training": lines.popitem()[1]}
+        for part in ("target", "general"):  # with replay
+            rows = [row for row in run.steps if row.get(f"loss_{part}") is not None]
+            if rows:
+                lines[part] = ([row["step"] for row in rows], [row[f"loss_{part}"] for row in rows])
         rows = [row for row in run.held_out if row.get("eval_loss") is not None]
         if rows:
             lines["held out"] = ([row["step"] for row in rows], [row["eval_loss"] for row in rows])

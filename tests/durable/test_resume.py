@@ -23,3 +23,23 @@ def test_the_same_bits_after_a_stop(forks, words, untouched, tmp_path, strategy,
     assert [event["step"] for event in events(run_dir, "resume")] == [3]
     same(run_dir, expected)
     assert len(metrics(run_dir)) == STEPS + 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "engine", "processes", "more"),
+    [
+        # Sums over four ranks depend on their order, so on the buckets that DDP sends.
+        ("full", "ddp", 4, ("train.gradient_checkpointing=true",)),
+        ("lora", "zero2", 2, ("train.gradient_accumulation_steps=2", "train.logging_steps=4", "train.bf16=true",
+                              "train.dataloader_num_workers=2")),
+    ],
+)  # fmt: skip
+def test_the_same_bits_in_other_settings(forks, words, untouched, tmp_path, strategy, engine, processes, more):
+    expected = untouched(strategy, engine, *more, processes=processes)
+    run_dir = forks.freeze(
+        tmp_path / "run", *words(strategy, engine, *more, 'train_until="step 3"', processes=processes)
+    )
+    assert forks.start(run_dir, processes) == [75] * processes, last_words(run_dir)
+    assert forks.change(run_dir, "train_until=null") == 0
+    assert forks.start(run_dir, processes) == [0] * processes, last_words(run_dir)
+    same(run_dir, expected)

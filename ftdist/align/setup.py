@@ -1,0 +1,49 @@
+"""What the worker needs for task=dpo: the trainer, its rows, and its keyword arguments from the frozen run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftdist import align, models, schema, start
+from ftdist.align.losses import Objective
+from ftdist.align.pairs import PairRows, collate_pairs
+from ftdist.align.reference import Reference
+from ftdist.align.trainer import PreferenceTrainer
+
+if TYPE_CHECKING:
+    from ftdist.strategies import Recipe
+
+__all__ = ["PairRows", "PreferenceTrainer", "collate_pairs", "keys"]
+
+
+def keys(run_dir: Path, config: dict[str, Any], plan: dict[str, Any], token: int, recipe: Recipe) -> dict[str, Any]:
+    """The keyword arguments that PreferenceTrainer has beside TokenTrainer's."""
+    task = config["task"]
+
+    def load() -> Any:
+        """The other model; or what training starts from, a second time."""
+        model = schema.pick(models.load, config["model"])
+        if task["reference_model"] is not None:
+            model |= {"path": task["reference_model"], "revision": None}
+        made: Any = models.load(**model, quantization=recipe.quantization, loaded_dtype=plan["loaded"])
+        adapter = start.adapter(run_dir)
+        if adapter is not None and task["reference_model"] is None:
+            made = models.apply(made, recipe, plan["trained"], adapter)
+        return made
+
+    other = task["reference_model"] is not None
+    loads = other or plan["reference"] == "copy"
+    return {
+        "objective": Objective(align.weighted_losses(task), task["beta"], task["label_smoothing"], task["margin"]),
+        "reference": Reference(
+            plan["reference"],
+            plan["reference_key"],
+            run_dir,
+            token,
+            load if loads else None,
+            is_start=not other and plan["reference"] != "none",
+        ),
+        "disable_dropout": task["disable_dropout"],
+        "chosen_drop": task["chosen_drop"],
+    }
