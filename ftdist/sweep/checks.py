@@ -66,7 +66,7 @@ def say_plans(plans: list[dict[str, Any]], named: list[str]) -> None:
 
 def places(sweep: dict[str, Any], configs: list[dict[str, Any]]) -> list[local.Share]:
     """Where members run at once."""
-    counts = [launcher.processes(**config["cluster"], here=True) for config in configs]
+    counts = [job.per_node(config["cluster"], here=True) for config in configs]
     oversubscribe = any(config["cluster"]["oversubscribe"] for config in configs)
     return local.shares(min(sweep["parallel"], max(1, _many(sweep, configs))), max(counts, default=1), oversubscribe)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import rundir
+from ftdist.errors import USAGE
 from ftdist.sweep import directory, objective
 from ftdist.tracking import duration
 
@@ -56,11 +57,16 @@ def table(rows: list[dict[str, Any]], name: str) -> str:
     return "\n".join(line.rstrip() for line in [*shown, *reasons])
 
 
-def say(sweep_dir: Path, name: str, state: directory.State) -> None:
-    """One line when a member has ended."""
+def settled(sweep_dir: Path, name: str, state: directory.State) -> float | None:
+    """Say what has become of a member that has ended; its objective. One that recorded none has failed."""
     wanted = directory.read(sweep_dir)["sweep"]["objective"]
     value = objective.value(sweep_dir / name, wanted) if state.state == directory.FINISHED else None
+    if state.state == directory.FINISHED and value is None:
+        there = ", ".join(objective.seen(sweep_dir / name)) or "nothing"
+        reason = f"sweep.objective={wanted}: not among what it recorded: {there}"
+        state = directory.mark(sweep_dir, name, state=directory.FAILED, status=USAGE, reason=reason)
     number = f", {wanted} {value:.6g}" if value is not None else ""
     print(f"{name}: {state.state}{number}{f': {state.reason}' if state.reason else ''}", flush=True)
     if state.state == directory.FINISHED:
         print(f"run: {sweep_dir / name}", flush=True)
+    return value

@@ -109,16 +109,11 @@ class Search:
             if not self.sweep["keep_pruned"]:
                 shutil.rmtree(run_dir / checkpoint.FOLDER, ignore_errors=True)
             self.study.tell(self._trial(name).number, state=TrialState.PRUNED)
-        elif state.state == directory.FINISHED:
-            value = objective.value(run_dir, self.sweep["objective"])
-            if value is None:
-                reason = f"no {self.sweep['objective']} in what it recorded"
-                state = directory.mark(self.sweep_dir, name, state=directory.FAILED, reason=reason)
-            else:
-                if objective.while_training(self.sweep["objective"]):
-                    self.look(name)
-                self.study.tell(self._trial(name).number, value)
-        rank.say(self.sweep_dir, name, state)
+        value = rank.settled(self.sweep_dir, name, state)
+        if value is not None:
+            if objective.while_training(self.sweep["objective"]):
+                self.look(name)
+            self.study.tell(self._trial(name).number, value)
 
     def _trial(self, name: str) -> optuna.trial.Trial:
         number = int(name.partition("-")[0])

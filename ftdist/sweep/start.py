@@ -38,7 +38,7 @@ class Grid:
         pass
 
     def ended(self, name: str, state: State) -> None:
-        rank.say(self.sweep_dir, name, state)
+        rank.settled(self.sweep_dir, name, state)
 
 
 def start(made: compose.Composed, argv: list[str]) -> None:

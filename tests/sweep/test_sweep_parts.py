@@ -102,6 +102,8 @@ def test_the_objective_is_the_last_finite_value(tmp_path):
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "metrics.json").write_text('{"base": {"loss": 9}, "tuned": {"loss": 1.5}}')
     assert objective.value(tmp_path, "tuned.loss") == 1.5
+    (tmp_path / "events.jsonl").write_text('{"time": 1, "event": "best-restored", "step": 1}\n')
+    assert objective.value(tmp_path, "eval_loss") == 2.5
     values = {"a": 2.0, "b": None, "c": 1.0, "d": 3.0}
     assert objective.order(values, "minimize") == ["c", "a", "d", "b"]
     assert objective.order(values, "maximize") == ["d", "a", "c", "b"]
@@ -329,7 +331,7 @@ def test_a_trial_that_failed_stays_open_and_is_tried_again(search, tmp_path):
     source.ended(name, directory.mark(done, name, state="failed", status=1, reason="no memory"))
     assert Search(done).take() == name
     source.ended(name, directory.mark(done, name, state="finished", reason=None))  # of which nothing was recorded
-    assert "no eval_loss" in directory.state(done, name).reason
+    assert "sweep.objective=eval_loss: not among what it recorded: nothing" in directory.state(done, name).reason
 
 
 def test_a_search_is_refused_before_its_first_trial(model, chat, tmp_path, monkeypatch):
