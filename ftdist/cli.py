@@ -154,7 +154,8 @@ def status(argv: list[str]) -> int:
 
     as_json = "--json" in argv
     argv = [word for word in argv if word != "--json"]
-    states = follow.status(_runs("status", argv) if argv else follow.default_runs())
+    runs = [run for named in _runs("status", argv) for run in _members(named)] if argv else follow.default_runs()
+    states = follow.status(runs)
     print(json.dumps(states, indent=2) if as_json else follow.table(states))
     return OK
 
@@ -177,8 +178,22 @@ def stop(argv: list[str]) -> int:
     from ftdist import follow
 
     for run_dir in _runs("stop", argv):
-        print(f"{run_dir}: {follow.stop(run_dir)}")
+        if (run_dir / "sweep.yaml").is_file():
+            from ftdist.sweep import start
+
+            print(f"{run_dir}: {start.stop(run_dir)}")
+        else:
+            print(f"{run_dir}: {follow.stop(run_dir)}")
     return OK
+
+
+def _members(named: Path) -> list[Path]:
+    """The runs that a sweep has by now; of anything else itself."""
+    if not (named / "sweep.yaml").is_file():
+        return [named]
+    from ftdist.sweep import directory
+
+    return [run for member in directory.members(named) if (run := named / member.name).is_dir()]
 
 
 def _runs(verb: str, argv: list[str]) -> list[Path]:

@@ -43,6 +43,7 @@ class State:
     attempts: int = 0
     retries: int = 0  # of these, after failures and since the sweep was last started
     seconds: float = 0.0  # of all starts
+    owner: str | None = None  # the job of SLURM that has it
     since: float = 0.0  # when this was written, or the running start began
 
 
@@ -145,3 +146,15 @@ def mark(sweep_dir: Path, name: str, **values: Any) -> State:
     changed = State(**{**asdict(state(sweep_dir, name)), **values, "since": time.time()})
     rundir.write_json(sweep_dir / FOLDER / f"{name}.json", asdict(changed))
     return changed
+
+
+def unfinished(sweep_dir: Path) -> list[str]:
+    """Members that are neither finished nor pruned, in order."""
+    done = (FINISHED, PRUNED)
+    return [member.name for member in members(sweep_dir) if state(sweep_dir, member.name).state not in done]
+
+
+def reopen(sweep_dir: Path, names: list[str]) -> None:
+    """These members are to be run, or gone on with, by a start of the sweep."""
+    for name in names:
+        mark(sweep_dir, name, state=WAITING, reason=None, status=None, retries=0, owner=None)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ftdist import rundir
+from ftdist import lease, rundir
 from ftdist.errors import USAGE
 from ftdist.sweep import directory, objective
 from ftdist.tracking import duration
 
 FILE = "results.json"
+INTERRUPTED = "interrupted"  # killed, or back in the queue of SLURM
 
 
 def results(sweep_dir: Path) -> list[dict[str, Any]]:
@@ -24,7 +25,7 @@ def results(sweep_dir: Path) -> list[dict[str, Any]]:
         rows[name] = {
             "name": name,
             "words": entry["words"],
-            "state": state.state,
+            "state": _word(sweep_dir / name, state),
             "reason": state.reason,
             "objective": value,
             "seconds": round(state.seconds, 1),
@@ -36,6 +37,13 @@ def results(sweep_dir: Path) -> list[dict[str, Any]]:
         sweep_dir / FILE, {"objective": sweep["objective"], "direction": sweep["direction"], "members": found}
     )
     return found
+
+
+def _word(run_dir: Path, state: directory.State) -> str:
+    """The state for people: a member that was begun, and has nobody now, was interrupted."""
+    if state.state == directory.RUNNING and lease.living(run_dir) is None:
+        return INTERRUPTED
+    return state.state
 
 
 def table(rows: list[dict[str, Any]], name: str) -> str:

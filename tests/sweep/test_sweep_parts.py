@@ -195,6 +195,8 @@ def test_going_on_leaves_what_is_finished_alone(sweep):
     """
     sweep(script).run()
     assert sweep.states() == {"00": "finished", "01": "stopped", "02": "failed"}
+    left = directory.unfinished(sweep.dir)
+    directory.reopen(sweep.dir, left)
     sweep.run()
     assert set(sweep.states().values()) == {"finished"}
     assert [(sweep.dir / n / "starts").read_text() for n in ("00", "01", "02")] == ["x", "xx", "xx"]
@@ -229,6 +231,17 @@ def test_a_signal_lets_the_running_members_save(sweep):
     )
     assert sweep.run(places=2) == "Ctrl-C"
     assert sweep.states() == {"00": "stopped", "01": "stopped", "02": "waiting"}
+
+
+def test_a_file_stops_a_sweep_too(sweep):
+    sweep("""
+        signal.signal(signal.SIGTERM, lambda *_: end("stopped", 75, "saved"))
+        from ftdist import stops
+        stops.request(sweep, "ftdist stop")
+        signal.pause()
+    """)
+    assert sweep.run() == "ftdist stop"
+    assert sweep.states() == {"00": "stopped", "01": "waiting", "02": "waiting"}
 
 
 def test_the_end_of_the_time_starts_no_other_member(sweep, monkeypatch):
@@ -329,9 +342,25 @@ def test_a_trial_that_failed_stays_open_and_is_tried_again(search, tmp_path):
     source = Search(done)
     name = source.take()
     source.ended(name, directory.mark(done, name, state="failed", status=1, reason="no memory"))
+    assert directory.unfinished(done) == [name]
+    directory.reopen(done, [name])
     assert Search(done).take() == name
     source.ended(name, directory.mark(done, name, state="finished", reason=None))  # of which nothing was recorded
     assert "sweep.objective=eval_loss: not among what it recorded: nothing" in directory.state(done, name).reason
+
+
+def test_workers_share_the_trials(search, tmp_path):
+    """Each trial has one owner; one whose owner is gone is taken over, one whose owner waits in the queue is not."""
+    from ftdist.sweep.search import Search
+
+    done = search("a", 0)
+    one, other = (Search(done, owner=name, alive=lambda owner: owner[0] == "7") for name in ("7_0", "7_1"))
+    first, second = one.take(), other.take()
+    assert first != second and len(directory.members(done)) == 2
+    assert Search(done, owner="7_0", alive=lambda _: True).take() == first  # requeued: its own first
+    third = Search(done, owner="7_2", alive=lambda owner: owner in ("7_0", "7_1")).take()
+    assert third not in (first, second)
+    assert Search(done, owner="8_0", alive=lambda owner: owner == "7_1").take() == first
 
 
 def test_a_search_is_refused_before_its_first_trial(model, chat, tmp_path, monkeypatch):
