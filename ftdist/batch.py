@@ -245,7 +245,8 @@ class Job:
         count = str(nodes or len(self.nodes))
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun no longer takes it from there by itself
         return ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--nodes={count}", f"--ntasks={count}",
-                "--ntasks-per-node=1", "--export=ALL", "--cpu-bind=none", "--mpi=none", "--input=none",
+                "--ntasks-per-node=1", "--export=ALL", "--mpi=none", "--input=none",
+                *(("--cpu-bind=none",) if slurm.binds() else ()),
                 *((f"--cpus-per-task={cpus}",) if cpus else ()), *self.more, *self.before,
                 "-m", module, *map(str, words)]  # fmt: skip
 

@@ -301,6 +301,13 @@ def left(job: str) -> int | None:
     return seconds(command("squeue", "--noheader", "--jobs", job, "--format=%L").stdout)
 
 
+@functools.cache
+def binds() -> bool:
+    """Whether this SLURM pins tasks to cores, and so can be told not to."""
+    found = re.search(r"^TaskPlugin\s*=\s*(\S+)", command("scontrol", "show", "config").stdout, re.M)
+    return found is not None and bool(re.search("affinity|cgroup", found[1]))
+
+
 def node_state(node: str) -> str:
     """IDLE, ALLOCATED, DOWN, …; with a `*` for one that does not answer."""
     found = re.search(r"\bState=(\S+)", command("scontrol", "show", "node", "--oneliner", node).stdout)

@@ -115,7 +115,9 @@ CONF
 }
 
 # Daemons hold no descriptor of ours, or a caller that reads our output waits for them.
-quietly() { "$@" </dev/null >>"$CLUSTER/log/start.log" 2>&1 3>&- 9>&-; }
+quietly() {
+  "$@" </dev/null >>"$CLUSTER/log/start.log" 2>&1 3>&- 9>&- || die "$1 failed: $(tail -n 1 "$CLUSTER/log/start.log")"
+}
 
 start_node() {
   local run="exec slurmd -N $1 -f $SLURM_CONF"
