@@ -29,7 +29,7 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   chat  RUN [chat.key=value] talk to base and tuned next to each other
   report RUN… [--output FILE]  one self-contained page for a run, or one that compares several
   ls    [GROUP]              config groups, or the choices in one
-  doctor [--shared DIR] [--json]  what is wrong with this installation, machine and cluster, and what to do;
+  doctor [--shared DIR] [--json] [overrides]  what is wrong with this installation, machine, and cluster;
                              --calibrate: measures it for plans; --fault-drill [--kills N] [overrides]: a run
                              killed N times ends as an untouched one
   completion bash            eval "$(ftdist completion bash)" completes verbs, groups, choices and keys
@@ -316,14 +316,15 @@ def doctor(argv: list[str]) -> int:
         return OK
     as_json = "--json" in argv
     argv, shared = _option([word for word in argv if word != "--json"], "--shared", "which directory? --shared DIR")
-    if argv or kills or seed:
+    if kills or seed or any("=" not in word for word in argv):
         raise UserError(
-            f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--shared DIR] [--json] | --calibrate | "
-            "--fault-drill [--kills N]"
+            f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--shared DIR] [--json] [overrides] | "
+            "--calibrate | --fault-drill [--kills N]"
         )
     from ftdist import checkup
 
     found = list(checkup.findings(Path(shared).expanduser().absolute() if shared else None))
+    found += [checkup.cluster(argv)] if argv else []
     print(checkup.text(found, as_json))
     return FAILED if any(finding.level == checkup.WRONG for finding in found) else OK
 
