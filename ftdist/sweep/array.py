@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import batch, follow, job, launcher, lease, resume, rundir, schema, slurm, stops, submit
-from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, USAGE, Failed, UserError
+from ftdist.errors import FAILED, OK, USAGE, Failed, UserError
 from ftdist.sweep import directory, rank
 
 ARRAYS = "arrays"  # SWEEP/arrays/N.json: the members of an array, by index
@@ -187,15 +187,7 @@ def trained(sweep_dir: Path, name: str, look: Callable[[], None] | None) -> int:
         before, began = directory.state(sweep_dir, name), time.time()
         directory.mark(sweep_dir, name, state=directory.RUNNING, reason=None, attempts=before.attempts + 1)
         status, reason = _once(run_dir, look)
-        state = {OK: directory.FINISHED, STOPPED: directory.STOPPED, INTERRUPTED: directory.STOPPED}
-        after = directory.mark(
-            sweep_dir,
-            name,
-            state=state.get(status, directory.FAILED),
-            status=status,
-            reason=reason,
-            seconds=before.seconds + time.time() - began,
-        )
+        after = directory.ended(sweep_dir, name, status, reason, time.time() - began)
         if status != FAILED or after.retries >= retries:
             return status
         directory.mark(sweep_dir, name, retries=after.retries + 1)

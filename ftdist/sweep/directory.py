@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ftdist import lease, rundir
+from ftdist import errors, lease, rundir
 from ftdist.errors import UserError
 
 FILE = "sweep.yaml"
@@ -146,6 +146,13 @@ def mark(sweep_dir: Path, name: str, **values: Any) -> State:
     changed = State(**{**asdict(state(sweep_dir, name)), **values, "since": time.time()})
     rundir.write_json(sweep_dir / FOLDER / f"{name}.json", asdict(changed))
     return changed
+
+
+def ended(sweep_dir: Path, name: str, status: int, reason: str | None, seconds: float) -> State:
+    """Write down how a start of a member has ended. seconds: that it took."""
+    words = {errors.OK: FINISHED, errors.STOPPED: STOPPED, errors.INTERRUPTED: STOPPED}
+    total = state(sweep_dir, name).seconds + seconds
+    return mark(sweep_dir, name, state=words.get(status, FAILED), status=status, reason=reason, seconds=total)
 
 
 def unfinished(sweep_dir: Path) -> list[str]:

@@ -10,7 +10,7 @@ import yaml
 from matrix import overrides
 from test_tracking import records
 
-RATES = ("0.001", "0.01", "1e30")  # the last one breaks the numbers
+RATES = ("0.001", "0.01", "1e+30")  # the last one breaks the numbers
 BEST = "01-0.01"
 
 
@@ -37,7 +37,7 @@ def test_one_fails_the_others_are_ranked(swept):
     assert "1 of 3 members failed" in finished.stderr and f"ftdist resume {sweep_dir}" in finished.stderr
     table = [line.split()[:2] for line in lines if re.match(r"[12] ", line)]
     assert table == [["1", BEST], ["2", "00-0.001"]]
-    assert any("02-1e_30" in line or "02-1e30" in line for line in lines if "not finite" in line)
+    assert any(line.startswith("02-1e+30: failed: rank 0: step 2: the gradients are not finite") for line in lines)
     rows = results(sweep_dir)
     assert [row["state"] for row in rows] == ["finished", "finished", "failed"]
     assert rows[0]["words"] == ["train.learning_rate=0.01"] and rows[0]["objective"] < rows[1]["objective"]
@@ -67,10 +67,10 @@ def test_wandb_groups_the_members(swept):
     _, sweep_dir = swept
     names = set()
     for file in sweep_dir.glob("*/wandb/offline-run-*/*.wandb"):
-        (header,) = (record.run for record in records(file) if record.HasField("run"))
-        assert header.run_group == "rates"
-        names.add(header.display_name)
-    assert names == {row["name"] for row in results(sweep_dir)}
+        for header in (record.run for record in records(file) if record.HasField("run")):
+            assert header.run_group == "rates"
+            names.add(header.display_name)
+    assert names >= {"00-0.001", BEST}  # the third has died before its first record was on the disk
 
 
 def test_the_page_compares(run, swept, tmp_path):
@@ -101,7 +101,6 @@ def test_going_on(run, swept, tmp_path):
     shutil.copytree(first, sweep_dir)
     before = results(sweep_dir)
     shutil.rmtree(sweep_dir / BEST / "final")  # as it was when it had been stopped after step 4
-    shutil.rmtree(sweep_dir / BEST / "checkpoints" / "step-6")
     state = sweep_dir / "members" / f"{BEST}.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"state": "stopped", "status": 75}))
     left_alone = (sweep_dir / "00-0.001" / "events.jsonl").read_text()
