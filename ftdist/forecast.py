@@ -457,8 +457,8 @@ def largest_percent(config: dict[str, Any], plan: Planner, others: dict[str, Any
     return low or None
 
 
-def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], Plan] | None:
-    """The fastest configuration that fits on the same devices with the same global batch, or None.
+def fit(config: dict[str, Any], plan: Planner, world: int) -> dict[str, Any] | None:
+    """What changes `config` to the fastest that fits on the same devices with the same global batch, or None.
 
     Tried: every engine that shards, micro-batches that divide the rows of a rank, with and without recomputation; if
     none fits, optimizer states in 8 bit, then in the host's memory.
@@ -472,7 +472,7 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], P
         rounds.append((plain, {"train.optim": "adamw_8bit"}))
     rounds.append((["zero3_offload"], {}))
     for engines, extra in rounds:
-        best: tuple[float, dict[str, Any], Plan] | None = None
+        best: tuple[float, dict[str, Any]] | None = None
         for name in engines:
             for recompute in (False, True):
                 for size in sizes:
@@ -487,10 +487,10 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], P
                     if made is None or not _surely(made):
                         continue
                     if best is None or made["tokens_per_second"] > best[0]:
-                        best = made["tokens_per_second"], changes, made
+                        best = made["tokens_per_second"], changes
                     break  # smaller micro-batches of the same engine are not faster
         if best:
-            return words(best[1]), best[2]
+            return best[1]
     return None
 
 

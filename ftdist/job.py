@@ -309,8 +309,7 @@ def fitted(config: dict[str, Any]) -> dict[str, Any]:
     if found is None:
         raise UserError(f"--fit: nothing fits {world} of hardware={config['hardware']['name']} with this strategy and "
                         "global batch; ftdist plan without --fit lists what would")  # fmt: skip
-    overrides, made = found
-    return {**made, "overrides": overrides}
+    return {**plan(forecast.changed(config, found)), "overrides": forecast.words(found)}
 
 
 def scaling(config: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:

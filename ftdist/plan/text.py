@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from datetime import datetime, timedelta
 from typing import Any
 
 from ftdist.plan import Plan
@@ -73,6 +74,8 @@ def _forecast(plan: Plan) -> list[tuple[str, list[str]]]:
         about = "about " if plan.get("steps_are_a_guess") else ""
         saves = f", checkpoints: {plan['checkpoints']:,}" if plan.get("checkpoints") else ""
         time.append(f"{about}{plan['total_steps']:,} steps: {seconds(plan['total_seconds'])}{saves}")
+        end = datetime.now() + timedelta(seconds=plan["total_seconds"])
+        time.append(f"started now it ends at {end:%Y-%m-%d %H:%M}")
     if "cost" in plan:
         time.append(f"cost: {plan['cost']:,.2f} for {hardware['devices']} device" + "s" * (hardware["devices"] > 1))
     if plan.get("largest_top_percent"):
