@@ -117,6 +117,7 @@ HEAD = """
     from pathlib import Path
     from ftdist.sweep import directory
     sweep, name = Path(sys.argv[1]), sys.argv[2]
+    signal.alarm(60)  # no test waits for ever
     attempts = directory.state(sweep, name).attempts
     (sweep / name).mkdir(exist_ok=True)
     def end(state, status, reason=None):
