@@ -205,12 +205,17 @@ def finished(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit, machine: what somebody needs who wants to run this again."""
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of this package and of those that its runs depend on."""
+    found = {}
     for package in ("ftdist", *PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, machine: what somebody needs who wants to run this again."""
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -220,7 +225,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "command": [re.sub(SECRETS, lambda m: f"{m[1] or ''}***", word) for word in sys.argv],
         "commit": git.stdout.strip() or None,
-        "versions": versions,
+        "versions": versions(),
     }
 
 

@@ -79,7 +79,10 @@ def train(run_dir: Path) -> int:
         run_dir,
         ranks,
         token,
-        {key: plan[key] for key in ("model", "strategy", "engine", "sequences_per_step", "id")},
+        {
+            **{key: plan[key] for key in ("model", "strategy", "engine", "sequences_per_step", "id")},
+            "versions": rundir.versions(),
+        },
         plan["checkpoint_bytes"],
         stops.Limit(config["train_until"]),
         watch.progress,

@@ -16,6 +16,10 @@ def test_the_same_bits_after_a_stop(forks, words, untouched, tmp_path, strategy,
     assert forks.start(run_dir) == [75, 75], last_words(run_dir)
     assert [row["step"] for row in metrics(run_dir)] == [1, 2, 3]
     assert not (run_dir / "final").exists()
+    manifest = json.loads((run_dir / "checkpoints" / "step-00000003" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["world_size"], manifest["engine"]) == (3, 2, engine)
+    assert manifest["strategy"] == strategy and manifest["versions"]["torch"] and manifest["tokens"] > 0
+    assert manifest["samples"] == 3 * 4 and "rank-00001.safetensors" in manifest["files"]
     planned = json.loads((run_dir / "plan.json").read_text())["checkpoint_bytes"]
     assert state_bytes(run_dir / "checkpoints" / "step-00000003") == pytest.approx(planned, rel=0.02)
     assert forks.change(run_dir, "train_until=null") == 0
