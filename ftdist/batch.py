@@ -367,9 +367,15 @@ def from_words(words: list[str]) -> Path:
     told += [f"cluster.gpus={gpus}"]
     if gpus and (facts := launcher.gpu_facts()):
         told += [f"cluster.gpu_type='{facts[0]}'"]
-    for key in ("cluster.nodes", "cluster.gpus"):
-        if key in given:
-            raise UserError(f"{key}: the options of sbatch say it; leave it out")
+    told_by_sbatch = {"name", "nodes"}
+    for function in (slurm.options, slurm.setup, slurm.submission):
+        told_by_sbatch.update(schema.keys_of(function))
+    for key in sorted(given):
+        group, _, name = key.partition(".")
+        if group == "cluster" and (not name or name in told_by_sbatch):
+            raise UserError(
+                f"{key}: read by ftdist train when it submits; give it to sbatch, or write it into the script"
+            )
     (config,) = compose.compose("train", ["cluster=slurm", *words, *told])
     job.check(config)
     if config["run_dir"] is None:

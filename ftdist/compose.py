@@ -17,7 +17,8 @@ from ftdist import schema, trainkeys
 from ftdist.errors import UserError
 
 # Mappings that take keys which their YAML does not show; the names under `train` are known.
-OPEN = r"(?:train\.(\w+)(?:\.\w+)*|engine\.zero\.\w+|data\.(?:columns|template_keywords)(?:\.\w+)?)="
+OPEN = (r"(?:train\.(\w+)(?:\.\w+)*|engine\.zero\.\w+|cluster\.(?:sbatch|environment)\.\w+|"
+        r"data\.(?:columns|template_keywords)(?:\.\w+)?)=")  # fmt: skip
 HYDRAS = r"hydra\.(sweeper\.\w+|searchpath)="  # keys of Hydra itself that do something here
 
 

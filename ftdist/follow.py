@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,6 @@ from ftdist.errors import FAILED, OK, STOPPED, UserError
 JOB = "job.json"  # the run's job: {"job", "prepare"}
 STOP = "ftdist stop"  # the reason of such a stop
 FOLDERS = ("runs/*", "sweeps/*/*")
-RESTARTED = ("requeue", "job")  # events after which a waiting job is one that waits again
 POLL = 0.5  # seconds between looks at files
 ASK = 10.0  # at most so many between questions to SLURM
 
@@ -40,7 +40,8 @@ def jobs_of(runs: Sequence[Path]) -> dict[Path, dict[str, slurm.Job]]:
     for run_dir in runs:
         known = rundir.read_json(run_dir / JOB)
         numbers[run_dir] = [str(known[key]) for key in ("job", "prepare") if known.get(key)]
-    jobs = slurm.jobs(sorted({number for own in numbers.values() for number in own}))
+    here = shutil.which("squeue") is not None  # the files tell a part of it everywhere
+    jobs = slurm.jobs(sorted({number for own in numbers.values() for number in own})) if here else {}
     return {run_dir: {number: jobs[number] for number in own if number in jobs} for run_dir, own in numbers.items()}
 
 
@@ -73,7 +74,7 @@ def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> t
     if prepare is not None and prepare.active:
         return "preparing", f"job {prepare.id}, {prepare.state.lower()}"
     if job is not None and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"):
-        if event.get("event") in ("requeue", "failed", "stopped") or outcome or event.get("job") == job.id:
+        if event.get("time", 0) > known.get("submitted", 0):
             why = event.get("reason") or outcome.get("reason") or "by SLURM"
             word = "pre-empted" if why == "pre-empted" else "requeued"
             return word, f"{why}; waits again" + (f" ({job.reason})" if job.reason else "")
@@ -93,8 +94,8 @@ def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> t
         return "done", ""
     if outcome.get("outcome") in ("stopped", "failed"):
         return str(outcome["outcome"]), str(outcome["reason"])
-    if event.get("event") == "failed":
-        return "failed", event["reason"]
+    if event.get("event") in ("failed", "stopped"):
+        return event["event"], event["reason"]
     bad = next((one for one in (prepare, job) if one is not None and one.state != "COMPLETED"), None)
     if bad is not None:
         return ("cancelled" if bad.state == "CANCELLED" else "failed"), f"{bad.state} {bad.reason}".strip()

@@ -92,7 +92,7 @@ def options(
         "signal": f"B:USR1@{signal_seconds}",
         "requeue": True,
         "open-mode": "append",  # a start after a requeue goes on in the same log
-        **{key.lstrip("-"): value for key, value in sbatch.items()},
+        **{key.replace("_", "-"): value for key, value in sbatch.items()},
     }
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
 
@@ -156,6 +156,7 @@ def submission(
     prepare_cpus: Annotated[int, Field(ge=1)],
     prepare_memory: str | None,
     prepare_time: str | None,
+    check: bool,
     wait: bool,
     test_only: bool,
 ) -> None:

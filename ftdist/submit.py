@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
     refuse_active(run_dir)
     cluster = config["cluster"]
     if cluster["test_only"]:
-        return _test(config, run_dir)
+        print(would_start(config, run_dir), flush=True)
+        return OK
+    if cluster["check"]:
+        would_start(config, run_dir)
     if config["resume"] == "auto" and resume.begun(run_dir, config):
         return again(run_dir, config)
     with rundir.claimed(run_dir) as token:
@@ -102,15 +106,12 @@ def preparation(run_dir: Path, cluster: dict[str, Any]) -> str:
     return text(run_dir, {**cluster, **own, **plain}, "prepare")
 
 
-def _test(config: dict[str, Any], run_dir: Path) -> int:
-    """Whether and when SLURM could start the job; nothing is left."""
-    import tempfile
-
+def would_start(config: dict[str, Any], run_dir: Path) -> str:
+    """When SLURM would start the job, in its own words. UserError if it never would."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, slurm.SCRIPT)
         script.write_text(text(run_dir, config["cluster"]), encoding="utf-8")
-        print(slurm.test_only(script))
-    return OK
+        return slurm.test_only(script)
 
 
 def followed(run_dir: Path, cluster: dict[str, Any]) -> int:

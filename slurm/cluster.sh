@@ -6,6 +6,7 @@
 #   cluster.sh lose NODE      the daemon alone dies; what runs on the node runs on
 #   cluster.sh start NODE     boot a node again
 #   cluster.sh freeze|thaw NODE, cut|heal NODE     a hung node; a network cable pulled out (SEPARATE=net)
+#   cluster.sh hide NODE DIR  the node sees an empty directory there, as one that has not mounted the storage
 #   cluster.sh pids NODE      processes of a node
 # Settings, by environment:
 #   CLUSTER   directory of everything that belongs to it (/tmp/ftdist-slurm-UID; short: sockets lie in it)
@@ -123,8 +124,8 @@ start_node() {
   local run="exec slurmd -N $1 -f $SLURM_CONF"
   mkdir -p "$CLUSTER/spool.$1"
   case $(setting SEPARATE) in
-    net) quietly ip netns exec "ftd${1##*[!0-9]}" unshare --uts sh -c "hostname $1; $run" ;;
-    names) quietly unshare --uts sh -c "hostname $1; $run" ;;
+    net) quietly ip netns exec "ftd${1##*[!0-9]}" unshare --uts --mount sh -c "hostname $1; $run" ;;
+    names) quietly unshare --uts --mount sh -c "hostname $1; $run" ;;
     *) quietly sh -c "$run" ;;
   esac
 }
@@ -222,7 +223,7 @@ action=${1:-} node=${2:-}
 case $action in
   up) up ;;
   down) [ ! -f "$CLUSTER/settings" ] || down ;;
-  kill | lose | start | freeze | thaw | cut | heal | pids)
+  kill | lose | start | freeze | thaw | cut | heal | hide | pids)
     [ -f "$CLUSTER/settings" ] || die "no cluster in $CLUSTER"
     [[ $node =~ ^[a-z]+[0-9]+$ ]] || die "$action: which node? node1 …"
     case $action in
@@ -233,7 +234,8 @@ case $action in
       thaw) signal_node CONT "$node" ;;
       cut) ip link set "ftdv${node##*[!0-9]}" down ;;
       heal) ip link set "ftdv${node##*[!0-9]}" up ;;
+      hide) nsenter --mount="/proc/$(daemon_of "$node")/ns/mnt" mount -t tmpfs none "$3" ;;
       pids) pids_of "$node" ;;
     esac ;;
-  *) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
