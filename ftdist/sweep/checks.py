@@ -27,7 +27,7 @@ def completed(config: dict[str, Any], asked: dict[str, Any], sweep_dir: Path) ->
     if tracking["name"] == "wandb" and tracking["group"] is None:
         tracking["group"] = asked["name"]
     parallel = asked["sweep"]["parallel"]
-    if parallel > 1 and cluster["processes"] == "auto":
+    if parallel > 1 and cluster["processes"] == "auto" and cluster["name"] == "local":
         count, kind = launcher.devices()
         cluster["processes"] = max(1, count // parallel) if kind == "GPU" else 1
     objective.check(asked["sweep"]["objective"], config)

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from nodes import events, rows, steps_done, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 
 def results(sweep_dir):
@@ -45,3 +46,29 @@ def test_a_search_by_two_workers(on_slurm, cluster, small, tmp_path):
     assert len(set(owners)) == 2
     assert on_slurm(cluster, "resume", sweep_dir, "sweep.trials=6", timeout=300).status == 0
     assert len(results(sweep_dir)) == 6
+
+
+def test_a_member_that_is_requeued_goes_on(on_slurm, cluster, words, tmp_path):
+    """SLURM takes one of two members back into the queue while it trains: no step is lost, and none is there twice."""
+    sweep_dir = tmp_path / "two"
+    words = [*words, "engine=single", "cluster=slurm", "cluster.processes=1", "train.learning_rate=1e-3,1e-2"]
+    words.remove("train.learning_rate=1e-2")
+    finished = on_slurm(cluster, "train", "-m", *words, f"sweep_dir={sweep_dir}")
+    assert finished.status == 0 and finished.stdout.splitlines()[-1] == f"sweep: {sweep_dir}", finished
+    first, second = sweep_dir / "00-0.001", sweep_dir / "01-0.01"
+    job = json.loads((first / "job.json").read_text())["job"]
+    until(lambda: steps_done(first) >= 7, say=lambda: cluster.log(first))
+    node = cluster.ask("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
+    with cluster.held(node):
+        cluster.ask("scontrol", "requeue", job)
+    states = {run: sweep_dir / "members" / f"{run.name}.json" for run in (first, second)}
+
+    def over(run):
+        return json.loads(states[run].read_text())["state"] == "finished"
+
+    until(lambda: over(first) and over(second), say=lambda: cluster.log(first))
+    assert len(events(first, "job")) == 2 and len(events(second, "job")) == 1
+    assert [row["step"] for row in rows(first) if "loss" in row] == list(range(1, 31))
+    again = on_slurm(cluster, "resume", sweep_dir)
+    assert again.status == 0 and "0 members unfinished" in again.stdout, again
+    assert [row["attempts"] for row in results(sweep_dir)] == [1, 2]
