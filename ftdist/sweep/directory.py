@@ -22,6 +22,8 @@ from ftdist.errors import UserError
 FILE = "sweep.yaml"
 FOLDER = "members"
 WAITING, RUNNING, FINISHED, FAILED, STOPPED, PRUNED = "waiting", "running", "finished", "failed", "stopped", "pruned"
+REFUSED = "refused"  # a combination of a search that cannot be
+DONE = (FINISHED, PRUNED, REFUSED)
 LONGEST = 60  # characters of a member's name
 
 
@@ -156,9 +158,8 @@ def ended(sweep_dir: Path, name: str, status: int, reason: str | None, seconds: 
 
 
 def unfinished(sweep_dir: Path) -> list[str]:
-    """Members that are neither finished nor pruned, in order."""
-    done = (FINISHED, PRUNED)
-    return [member.name for member in members(sweep_dir) if state(sweep_dir, member.name).state not in done]
+    """Members that a start of the sweep has still to run, in order."""
+    return [member.name for member in members(sweep_dir) if state(sweep_dir, member.name).state not in DONE]
 
 
 def reopen(sweep_dir: Path, names: list[str]) -> None:

@@ -61,7 +61,9 @@ def table(rows: list[dict[str, Any]], name: str) -> str:
     for line in lines:
         cells = [c.ljust(w) if i in (1, 2) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         shown.append("  ".join(cells))
-    reasons = [f"{row['name']}: {row['reason']}" for row in rows if row["state"] == directory.FAILED]
+    reasons = [
+        f"{row['name']}: {row['reason']}" for row in rows if row["state"] in (directory.FAILED, directory.REFUSED)
+    ]
     return "\n".join(line.rstrip() for line in [*shown, *reasons])
 
 

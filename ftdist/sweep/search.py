@@ -85,9 +85,10 @@ class Search:
                 config["run_dir"] = str(self.sweep_dir / name)
                 job.ready(config)
             except UserError as failure:  # a combination that the ends of the space did not show
-                directory.add(self.sweep_dir, Member(name, words), {})
-                self.ended(name, directory.mark(self.sweep_dir, name, state=directory.FAILED, reason=str(failure)))
                 self.study.tell(trial.number, state=TrialState.FAIL)
+                directory.add(self.sweep_dir, Member(name, words), {})
+                state = directory.mark(self.sweep_dir, name, state=directory.REFUSED, reason=str(failure))
+                rank.settled(self.sweep_dir, name, state)
                 continue
             directory.add(self.sweep_dir, Member(name, words), config)
             return name

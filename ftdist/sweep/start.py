@@ -220,7 +220,7 @@ def _conclude(sweep_dir: Path, sweep: dict[str, Any], why: str | None) -> None:
     print(rank.table(rows, sweep["objective"]), flush=True)
     print(f"sweep: {sweep_dir}", flush=True)
     failed = [row for row in rows if row["state"] == directory.FAILED]
-    stopped = [row for row in rows if row["state"] not in (directory.FAILED, directory.FINISHED, directory.PRUNED)]
+    stopped = [row for row in rows if row["state"] not in (directory.FAILED, *directory.DONE)]
     again = f"go on with: ftdist resume {sweep_dir}"
     if why or stopped:
         reason = f" ({why})" if why else ""

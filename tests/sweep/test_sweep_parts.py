@@ -350,6 +350,23 @@ def test_a_trial_that_failed_stays_open_and_is_tried_again(search, tmp_path):
     assert "sweep.objective=eval_loss: not among what it recorded: nothing" in directory.state(done, name).reason
 
 
+def test_a_combination_that_cannot_be_is_left_out(search, monkeypatch):
+    from ftdist import job
+
+    done, asked = search("a", 1), []
+
+    def ready(config):
+        asked.append(config)
+        if len(asked) == 1:
+            raise UserError("strategy.r=4: not with this strategy")
+
+    monkeypatch.setattr(job, "ready", ready)
+    search("a", 1)
+    (refused,) = [row for row in rank.results(done) if row["state"] == "refused"]
+    assert "strategy.r=4" in refused["reason"] and "strategy.r=4" in rank.table(rank.results(done), "eval_loss")
+    assert directory.unfinished(done) == [] and len(directory.members(done)) == 3
+
+
 def test_workers_share_the_trials(search, tmp_path):
     """Each trial has one owner; one whose owner is gone is taken over, one whose owner waits in the queue is not."""
     from ftdist.sweep.search import Search
