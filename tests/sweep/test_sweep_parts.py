@@ -433,9 +433,23 @@ def test_the_state_of_a_member_is_that_of_its_run(tmp_path, monkeypatch):
         assert (found.state, found.status) == (state, status)
 
 
+def test_another_sweep_in_the_folder_is_refused(tmp_path):
+    from ftdist.sweep.start import _refuse_other
+
+    asked = {"name": "s", "words": ["strategy=lora"], "sweep": SWEEP, "seed": 1, "directory": "."}
+    directory.write(tmp_path, asked, [Member("00", ["seed=1"])], [{}])
+    _refuse_other(tmp_path, {**asked, "sweep": SWEEP | {"parallel": 2}}, [["seed=1"]])
+    for other, words in (({**asked, "words": []}, [["seed=1"]]), (asked, [["seed=2"]]),
+                         ({**asked, "sweep": SWEEP | {"direction": "maximize"}}, [["seed=1"]])):  # fmt: skip
+        with pytest.raises(UserError, match="holds another sweep"):
+            _refuse_other(tmp_path, other, words)
+
+
 def test_keys_of_a_sweep_need_a_sweep():
     with pytest.raises(UserError, match="add -m"):
         compose.compose("train", ["sweep.parallel=2"])
+    with pytest.raises(UserError, match="one run is wanted here"):  # as under accelerate launch
+        compose.compose("train", ["sweep=search", "sweep.space={seed: [1, 2]}"])
     with pytest.raises(UserError, match="sweep_dir=DIR"):
         compose.compose("train", ["-m", "seed=1,2", "run_dir=x"])
     with pytest.raises(UserError, match="no list"):
