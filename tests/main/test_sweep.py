@@ -101,7 +101,7 @@ def test_going_on(run, swept, tmp_path):
     shutil.copytree(first, sweep_dir)
     before = results(sweep_dir)
     shutil.rmtree(sweep_dir / BEST / "final")  # as it was when it had been stopped after step 4
-    shutil.rmtree(sweep_dir / BEST / "checkpoints" / "step-6", ignore_errors=True)  # there if it came to one
+    shutil.rmtree(sweep_dir / BEST / "checkpoints" / "step-00000006")
     state = sweep_dir / "members" / f"{BEST}.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"state": "stopped", "status": 75}))
     left_alone = (sweep_dir / "00-0.001" / "events.jsonl").read_text()

@@ -71,4 +71,4 @@ def test_a_member_that_is_requeued_goes_on(on_slurm, cluster, words, tmp_path):
     assert [row["step"] for row in rows(first) if "loss" in row] == list(range(1, 31))
     again = on_slurm(cluster, "resume", sweep_dir)
     assert again.status == 0 and "0 members unfinished" in again.stdout, again
-    assert [row["attempts"] for row in results(sweep_dir)] == [1, 2]
+    assert {row["name"]: row["attempts"] for row in results(sweep_dir)} == {first.name: 2, second.name: 1}
