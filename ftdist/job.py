@@ -123,7 +123,7 @@ def check(config: dict[str, Any]) -> None:
 
 def check_cluster(cluster: dict[str, Any]) -> None:
     """Every key of `cluster`; those of SLURM only where it is chosen."""
-    queue = (slurm.options, slurm.setup, slurm.in_task, slurm.in_job, slurm.submission)
+    queue = (slurm.options, slurm.setup, slurm.in_task, slurm.in_job, slurm.submission, slurm.array)
     more = queue if cluster.get("name") == "slurm" else ()
     schema.check("cluster", cluster, launcher.processes, *more, context=("here",))
 

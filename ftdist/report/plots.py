@@ -372,4 +372,5 @@ def _inline(svg: str, name: str, alt: str) -> str:
 def _cut(text: str, width: int = 34) -> str:
     """A label that leaves room for the plot; matplotlib hides labels that begin with an underscore."""
     text = text.lstrip("_").replace("$", r"\$")
-    return text if len(text) <= width else "…" + text[1 - width :]
+    head = width // 3
+    return text if len(text) <= width else f"{text[:head]}…{text[head + 1 - width :]}"
