@@ -93,22 +93,18 @@ def _private_and_stoppable() -> None:
 
 def train(argv: list[str]) -> int:
     """One run, or with -m one after another."""
-    from ftdist import compose, job
-    from ftdist import resume as resuming
+    from ftdist import compose, stages
 
-    configs = compose.compose("train", argv)
-    for config in configs:  # everything is checked before anything starts
-        job.ready(config)
-    for config in configs:
+    recipes = [stages.of("train", config, argv) for config in compose.compose("train", argv)]
+    for recipe in recipes:  # everything is checked before anything starts
+        stages.ready(recipe)
+    for recipe in recipes:
         try:
-            run_dir = Path(config["run_dir"]).expanduser().absolute()
-            if config["resume"] == "auto" and resuming.begun(run_dir, config):
-                resuming.resume(run_dir, config)
-            else:
-                job.run(config, run_dir)
+            run_dir = stages.run(recipe)
         except KeyboardInterrupt:
-            if Path(config["run_dir"], "config.yaml").is_file():
-                print(f"\nftdist: stopped; unfinished run in {config['run_dir']}", file=sys.stderr)
+            begun = [stage["run_dir"] for stage in recipe if Path(stage["run_dir"], "config.yaml").is_file()]
+            if begun:
+                print(f"\nftdist: stopped; unfinished run in {begun[-1]}", file=sys.stderr)
                 return INTERRUPTED
             raise
         print(f"run: {run_dir}")
@@ -129,7 +125,7 @@ def resume(argv: list[str]) -> int:
 
 def plan(argv: list[str]) -> int:
     """Steps 1 and 2 of a run; leaves nothing."""
-    from ftdist import compose, job
+    from ftdist import compose, job, stages
     from ftdist.plan.text import render, scaling
 
     as_json, fit = "--json" in argv, "--fit" in argv
@@ -137,7 +133,7 @@ def plan(argv: list[str]) -> int:
     devices = [int(part) for part in (sizes or "").split(",") if re.fullmatch(r"[1-9]\d{0,6}", part)]
     if sizes is not None and len(devices) != len(sizes.split(",")):
         raise UserError(f"--sizes={sizes}: numbers of devices, with commas between them: --sizes 8,16,64")
-    for config in compose.compose("plan", argv):
+    for config in [stage for first in compose.compose("plan", argv) for stage in stages.of("plan", first, argv)]:
         job.decide(config)
         made: dict[str, Any] = dict(job.plan(config))
         if fit:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROWS = 16000  # before the split; a fifth is held out
+PAIRS = {"train": 2048, "validation": 400}  # of a right and a careless answer
 HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 128  # HIDDEN: a power of two
 ROPE_THETA = 50.0  # questions are short: fast rotations tell neighbours apart
 STD = 0.02
@@ -153,12 +154,12 @@ SKILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
 )
 
 
-def rows(seed: int) -> list[dict[str, Any]]:
+def rows(seed: int, count: int = ROWS) -> list[dict[str, Any]]:
     """The demo's rows: chat messages, an id, the skill; any two questions differ in at least two words."""
     rng = random.Random(seed)
     made: list[dict[str, Any]] = []
     seen: set[tuple[str, ...]] = set()  # the words of every question, less one
-    while len(made) < ROWS:
+    while len(made) < count:
         skill = SKILLS[len(made) % len(SKILLS)]
         question, answer = skill(rng)
         words = re.findall("[A-Za-z]+", question)
@@ -170,6 +171,33 @@ def rows(seed: int) -> list[dict[str, Any]]:
         made.append({"messages": messages, "id": f"{skill.__name__}-{len(made):05d}", "skill": skill.__name__})
     rng.shuffle(made)
     return made
+
+
+# --- pairs of answers: the right one, and one that somebody gives who did not read the question to its end ---------
+
+
+def careless(question: str, answer: str, rng: random.Random) -> str:
+    """A wrong answer of the same kind, made of the question's own words."""
+    words = answer.split()
+    if len(words) > 1:  # a sentence: two of its facts exchanged
+        places = rng.sample((0, 3, 4, 6), 2)  # NAME has a COLOUR THING in CITY
+        words[places[0]], words[places[1]] = words[places[1]], words[places[0]]
+        return " ".join(words)
+    known = {*NAMES, *PLACES, *COLOURS, *THINGS} - {answer, answer.lower()}
+    others = [word for word in re.findall("[A-Za-z]+", question) if word in known]
+    other = rng.choice(others)
+    return other.upper() if answer.isupper() else other
+
+
+def pairs(seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Preference rows of other questions than those of `rows(seed)`, by split."""
+    rng = random.Random(seed)
+    made = []
+    for row in rows(seed + 1, sum(PAIRS.values())):
+        question, answer = (message["content"] for message in row["messages"])
+        pair = {"prompt": question, "chosen": answer, "rejected": careless(question, answer, rng)}
+        made.append({**pair, "id": row["id"], "skill": row["skill"]})
+    return {"train": made[: PAIRS["train"]], "validation": made[PAIRS["train"] :]}
 
 
 # --- tokenizer and weights -----------------------------------------------------------------------------------------
@@ -341,8 +369,16 @@ def model(directory: Path, seed: int) -> Path:
 
 def dataset(directory: Path, seed: int) -> Path:
     """A JSONL file of chat rows under `directory`: {"messages", "id", "skill"} a line."""
+    return _publish(directory / f"data-{_key(seed)}", lambda: {"demo.jsonl": _lines(rows(seed))}) / "demo.jsonl"
 
-    def files() -> dict[str, bytes]:
-        return {"demo.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(seed)).encode()}
 
-    return _publish(directory / f"data-{_key(seed)}", files) / "demo.jsonl"
+def preferences(directory: Path, seed: int) -> Path:
+    """A directory with train.jsonl and validation.jsonl: {"prompt", "chosen", "rejected", "id", "skill"} a line."""
+    return _publish(
+        directory / f"preferences-{_key(seed)}",
+        lambda: {f"{split}.jsonl": _lines(made) for split, made in pairs(seed).items()},
+    )
+
+
+def _lines(values: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()

@@ -28,13 +28,13 @@ def train(run_dir: Path) -> int:
     plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
     main = int(os.environ.get("RANK", "0")) == 0
 
-    import datasets
     import torch
     from transformers import set_seed
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ftdist import keeper, models, parity, tracking
+    from ftdist.data.rows import rows_of
     from ftdist.evaluate.during import Examiner
     from ftdist.evaluate.generate import positions_of
     from ftdist.health import Health
@@ -43,8 +43,7 @@ def train(run_dir: Path) -> int:
     from ftdist.ranks import Ranks
     from ftdist.save import save_final
     from ftdist.strategies import Base, find
-    from ftdist.trainer import TokenTrainer
-    from ftdist.trainer import collate as collate
+    from ftdist.trainer import TokenTrainer, collate
     from ftdist.watch import Watch
 
     path, revision, remote = (config["model"][key] for key in ("path", "revision", "trust_remote_code"))
@@ -83,13 +82,12 @@ def train(run_dir: Path) -> int:
     if checkpoint:
         keep.resume(*checkpoint)
     kind: Any = TokenTrainer
-    rows = [datasets.load_from_disk(str(data / split)) for split in ("train", "validation")]
+    batched: Any = collate
     named: dict[str, Any] = {}
     if config["task"]["name"] == "dpo":
         from ftdist.align import setup
 
-        kind, collate, rows = setup.PreferenceTrainer, setup.collate_pairs, [setup.PairRows(part) for part in rows]
-        named = setup.keys(run_dir, config, plan, token, recipe)
+        kind, batched, named = setup.dpo(run_dir, config, plan, token, recipe)
     with models.partly_quantized(model):
         trainer = kind(
             model=model,
@@ -97,9 +95,9 @@ def train(run_dir: Path) -> int:
             packing=config["train"]["packing"],
             loss_type=config["train"]["loss_type"],
             trainable=plan["trainable_parameters"],
-            train_dataset=rows[0],
-            eval_dataset=rows[1],
-            data_collator=partial(collate, pad_id=tokenizer.pad_token_id or 0),
+            train_dataset=rows_of(data / "train"),
+            eval_dataset=rows_of(data / "validation"),
+            data_collator=partial(batched, pad_id=tokenizer.pad_token_id or 0),
             callbacks=list(recipe.callbacks),
             keeper=keep,
             health=Health(run_dir, main, **{key: config["health"][key] for key in schema.keys_of(Health.__init__)}),

@@ -104,6 +104,7 @@ def prepare(
         against=against,
         cache_dir=cache_dir,
         seed=seed,
+        task=task,
     )
     tokenizer = Path(tokenizer_path).expanduser()
     hashes = cache.FileHashes(cache_dir / "file_hashes.json")

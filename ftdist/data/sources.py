@@ -122,6 +122,9 @@ def _download(named: str, key: str) -> Path:
 # --- what the user names → sources ----------------------------------------------------------------
 
 
+HELD_OUT_DEMO = ("demo", "validation", "dpo")  # data.validation=demo
+
+
 def chosen(
     path: Any,
     *,
@@ -131,6 +134,7 @@ def chosen(
     against: str | list[str] | None,
     cache_dir: Path,
     seed: int,
+    task: str,
 ) -> tuple[list[Source], list[str]]:
     """(all sources, files that were left aside)."""
     parts: list[Any] = path if isinstance(path, list) else [path]
@@ -148,9 +152,7 @@ def chosen(
             raise UserError(f"data.path: format={said['format']}: no such format; known: auto, {', '.join(FORMATS)}")
         named = said["path"]
         if named == "demo":
-            from ftdist.demo import dataset
-
-            named = str(dataset(cache_dir.parent / "demo", seed))
+            named = _demo(cache_dir, seed, task, "train")
         files, kept_out, tests = find(named, key="data.path")
         source = Source(
             str(said.get("name") or said["path"]),
@@ -169,7 +171,8 @@ def chosen(
     sources += held_out
     for kind, named_files in (("validation", validation), ("against", against)):
         for named in [named_files] if isinstance(named_files, str) else named_files or ():
-            files, more, tests = find(named, key=f"data.{kind}")
+            place = _demo(cache_dir, seed, task, "validation") if (named, kind, task) == HELD_OUT_DEMO else named
+            files, more, tests = find(place, key=f"data.{kind}")
             own = columns if kind == "validation" else {}
             how = format if kind == "validation" else "auto"
             sources.append(Source(named, kind, tuple(files + more + tests), 1.0, how, own))
@@ -178,3 +181,11 @@ def chosen(
     if double:
         raise UserError(f"data.path: {double[0]} is named twice; for more weight use {{path: {double[0]}, weight: 2}}")
     return sources, aside
+
+
+def _demo(cache_dir: Path, seed: int, task: str, split: str) -> str:
+    """The demo's file for a task, made here. Pairs have held-out ones in a file of their own."""
+    from ftdist import demo
+
+    directory = cache_dir.parent / "demo"
+    return str(demo.preferences(directory, seed) / f"{split}.jsonl" if task == "dpo" else demo.dataset(directory, seed))

@@ -34,6 +34,7 @@ def settings(
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"],
     resamples: Annotated[int, Field(ge=0)],
     retention: str | list[str] | None,
+    preferences: str | list[str] | None,
     lm_eval: list[str],
     show: Annotated[int, Field(ge=0)],
     g_eval: dict[str, Any],
@@ -82,7 +83,7 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
     if not os.access(target, os.W_OK):
         raise UserError(f"{target}: cannot be written, and eval/ comes into it; copy it to another place")
     if wanted["data"]:
-        prepared = _prepared(target, config, tokenizer, longest, wanted["data"], "eval.data")
+        prepared = _prepared(target, config, tokenizer, longest, "eval.data", wanted["data"], config["task"]["name"])
     else:
         assert plan is not None
         prepared = Path(plan["prepared"])
@@ -90,16 +91,17 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
         raise UserError(
             f"{target}: its prepared data are gone ({prepared}); give the held-out rows with eval.data=FILE"
         )
-    retention = None
-    if wanted["retention"]:
-        retention = _prepared(target, config, tokenizer, longest, wanted["retention"], "eval.retention")
+    beside = {
+        key: _prepared(target, config, tokenizer, longest, f"eval.{key}", wanted[key], task) if wanted[key] else None
+        for key, task in (("retention", "sft"), ("preferences", "dpo"))
+    }
     task = {
         "target": str(target),
         "wanted": wanted,
         "config": config,
         "plan": plan,
         "prepared": str(prepared),
-        "retention": str(retention) if retention else None,
+        **{key: str(folder) if folder else None for key, folder in beside.items()},
     }
     with tempfile.TemporaryDirectory() as scratch:
         said = Path(scratch, "failure")
@@ -125,7 +127,7 @@ def _positions(directory: Path, base: str | None) -> int:
 
 
 def _prepared(
-    target: Path, config: dict[str, Any], tokenizer: Path, longest: int, data: str | list[str], key: str
+    target: Path, config: dict[str, Any], tokenizer: Path, longest: int, key: str, data: str | list[str], task: str
 ) -> Path:
     """Rows of the user's own file, in the template and with the mask of the run, none taken out."""
     from ftdist.data.prepare import prepare
@@ -133,6 +135,7 @@ def _prepared(
     keep = {
         **config["data"],
         "path": data,
+        "format": config["data"]["format"] if task == config["task"]["name"] else "auto",
         "validation": data,
         "validation_share": 0.0,
         "exact_duplicates": "keep",
@@ -147,7 +150,7 @@ def _prepared(
         "trust_remote_code": config["model"]["trust_remote_code"],
         "max_length": longest,
         "packing": False,
-        "task": config["task"]["name"],
+        "task": task,
         "seed": config["seed"],
         "cache_dir": rundir.cache_root() / "data",
     }

@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ftdist.evaluate import g_eval, generate, harness, overlap, scores, tables
 
 def run(
     target: Path, wanted: dict[str, Any], config: dict[str, Any], plan: dict[str, Any] | None, prepared: Path,
-    retention: Path | None,
+    retention: Path | None, preferences: Path | None,
 ) -> None:  # fmt: skip
     """Writes eval/metrics.json and eval/samples.jsonl, prints a table and `wanted["show"]` answers."""
     from ftdist.evaluate.load import Exported, Loader
@@ -45,6 +46,8 @@ def run(
     answers: dict[str, list[str]] = {}
     notes: dict[str, Any] = {"without_reference": without, "held_out": len(rows), "with_prompt": len(asked)}
     shared = None
+    paired = config["task"]["name"] == "dpo"
+    margins: Any = None  # of the pairs, as the base sees them
     for which in sides:
         if plan is None:
             model, tokenizer = loader.load(which)
@@ -53,8 +56,19 @@ def run(
         if shared is None and (wanted["data"] or not config["data"]["decontaminate"]) and plan is not None:
             shared = overlap.found(Path(plan["prepared"]), tokenizer, with_prompt)
         pad = tokenizer.pad_token_id or 0
-        loss = scores.loss(*generate.losses(model, prepared, wanted["batch_size"], pad, which))
+        size = wanted["batch_size"]
+        pairs = None
+        if paired:  # its loss is that of the chosen answers
+            pairs = generate.pair_losses(model, prepared, size, pad, which)
+            loss = scores.loss(*pairs[0])
+        else:
+            loss = scores.loss(*generate.losses(model, prepared, size, pad, which))
         found[which] = {"loss": loss, "perplexity": scores.perplexity(loss)}
+        if preferences is not None:
+            pairs = generate.pair_losses(model, preferences, size, pad, f"{which}, preferences")
+        if pairs is not None:
+            preferred, margins = scores.preferences(pairs[0][0], pairs[1][0], margins)
+            found[which] |= preferred
         if retention is not None:
             kept = scores.loss(*generate.losses(model, retention, wanted["batch_size"], pad, f"{which}, retention"))
             found[which] |= {"retention_loss": kept, "retention_perplexity": scores.perplexity(kept)}
@@ -72,7 +86,9 @@ def run(
         gc.collect()
     folder = target / "eval"
     folder.mkdir(exist_ok=True)
-    kept_values = {k: wanted[k] for k in ("data", "max_new_tokens", "answer_pattern", "bleu_tokenize", "retention")}
+    kept_values = {
+        k: wanted[k] for k in ("data", "max_new_tokens", "answer_pattern", "bleu_tokenize", "retention", "preferences")
+    }
     record = {"settings": kept_values, "overlap": shared, **notes}
     _write(folder, with_prompt, found, answers, record, wanted["resamples"], config["seed"])
     if wanted["g_eval"]["criteria"] and prompts:
@@ -134,7 +150,7 @@ def _write(
 
 
 def _of_answers(name: str, metric: scores.Metric, rows: list[Any]) -> bool:
-    return len(metric.rows) == len(rows) and not name.endswith(("loss", "perplexity"))
+    return len(metric.rows) == len(rows) and not re.search("loss|perplexity|preference|reward", name)
 
 
 def _plain(value: Any) -> Any:
@@ -163,7 +179,7 @@ def main(said: Path) -> int:
             task["config"],
             task["plan"],
             Path(task["prepared"]),
-            Path(task["retention"]) if task["retention"] else None,
+            *(Path(task[key]) if task[key] else None for key in ("retention", "preferences")),
         )
     except UserError as failure:
         said.write_text(str(failure), encoding="utf-8")

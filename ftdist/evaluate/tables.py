@@ -58,7 +58,7 @@ def number(name: str, value: float | None) -> str:
     """A metric for people: shares in percent."""
     if value is None:
         return "–"
-    return f"{value:.1%}" if name.endswith("_match") else f"{value:.4g}"
+    return f"{value:.1%}" if name.endswith(("_match", "_accuracy")) else f"{value:.4g}"
 
 
 def told(ledger: dict[str, Any]) -> str:
