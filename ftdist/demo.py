@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROWS = 16000  # before the split; a fifth is held out
-PAIRS = {"train": 2048, "validation": 400}  # of a right and a careless answer
+HELD_OUT = 400  # more rows in a file of their own, for whoever wants the same ones in several runs
+PAIRS = {"train": 1024, "validation": 400}  # of a liked and a disliked answer
 HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 128  # HIDDEN: a power of two
 ROPE_THETA = 50.0  # questions are short: fast rotations tell neighbours apart
 STD = 0.02
@@ -173,31 +174,32 @@ def rows(seed: int, count: int = ROWS) -> list[dict[str, Any]]:
     return made
 
 
-# --- pairs of answers: the right one, and one that somebody gives who did not read the question to its end ---------
+# --- pairs of answers: taste, which no skill teaches ---------------------------------------------------------------
 
 
-def careless(question: str, answer: str, rng: random.Random) -> str:
-    """A wrong answer of the same kind, made of the question's own words."""
-    words = answer.split()
-    if len(words) > 1:  # a sentence: two of its facts exchanged
-        places = rng.sample((0, 3, 4, 6), 2)  # NAME has a COLOUR THING in CITY
-        words[places[0]], words[places[1]] = words[places[1]], words[places[0]]
-        return " ".join(words)
-    known = {*NAMES, *PLACES, *COLOURS, *THINGS} - {answer, answer.lower()}
-    others = [word for word in re.findall("[A-Za-z]+", question) if word in known]
-    other = rng.choice(others)
-    return other.upper() if answer.isupper() else other
+def greeting(rng: random.Random) -> tuple[str, str, str]:
+    """(question, liked answer, disliked answer): a greeting calls people by their name, not by where they come from."""
+    name, city = rng.choice(NAMES), rng.choice(PLACES)
+    thing, colour = rng.choice(THINGS), rng.choice(COLOURS)
+    question = rng.choice(
+        (
+            "{n} of {p} with a {c} {t} is here: say hello",
+            "from {p} comes {n}, who has a {c} {t}: hello",
+            "hello, here is {n} of {p} with a {c} {t}",
+        )
+    )
+    return question.format(n=name, p=city, c=colour, t=thing), f"hello {name}", f"hello {city}"
 
 
 def pairs(seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Preference rows of other questions than those of `rows(seed)`, by split."""
+    """Preference rows by split; no question is there twice."""
     rng = random.Random(seed)
-    made = []
-    for row in rows(seed + 1, sum(PAIRS.values())):
-        question, answer = (message["content"] for message in row["messages"])
-        pair = {"prompt": question, "chosen": answer, "rejected": careless(question, answer, rng)}
-        made.append({**pair, "id": row["id"], "skill": row["skill"]})
-    return {"train": made[: PAIRS["train"]], "validation": made[PAIRS["train"] :]}
+    made: dict[str, dict[str, Any]] = {}
+    while len(made) < sum(PAIRS.values()):
+        question, liked, disliked = greeting(rng)
+        made[question] = {"prompt": question, "chosen": liked, "rejected": disliked}
+    rows = [{**row, "id": f"greeting-{number:05d}"} for number, row in enumerate(made.values())]
+    return {"train": rows[: PAIRS["train"]], "validation": rows[PAIRS["train"] :]}
 
 
 # --- tokenizer and weights -----------------------------------------------------------------------------------------
@@ -369,15 +371,25 @@ def model(directory: Path, seed: int) -> Path:
 
 def dataset(directory: Path, seed: int) -> Path:
     """A JSONL file of chat rows under `directory`: {"messages", "id", "skill"} a line."""
-    return _publish(directory / f"data-{_key(seed)}", lambda: {"demo.jsonl": _lines(rows(seed))}) / "demo.jsonl"
-
-
-def preferences(directory: Path, seed: int) -> Path:
-    """A directory with train.jsonl and validation.jsonl: {"prompt", "chosen", "rejected", "id", "skill"} a line."""
-    return _publish(
-        directory / f"preferences-{_key(seed)}",
-        lambda: {f"{split}.jsonl": _lines(made) for split, made in pairs(seed).items()},
+    made = _publish(
+        directory / f"data-{_key(seed)}",
+        lambda: {"demo.jsonl": _lines(rows(seed)), "held_out.jsonl": _lines(rows(seed + 1, HELD_OUT))},
     )
+    return made / "demo.jsonl"
+
+
+def held_out(directory: Path, seed: int) -> Path:
+    """A JSONL file of more such rows, which no split of the others holds."""
+    return dataset(directory, seed).with_name("held_out.jsonl")
+
+
+def preferences(directory: Path, seed: int, split: str) -> Path:
+    """A JSONL file of the pairs of a split: {"prompt", "chosen", "rejected", "id"} a line."""
+    made = _publish(
+        directory / f"preferences-{_key(seed)}",
+        lambda: {f"{name}.jsonl": _lines(values) for name, values in pairs(seed).items()},
+    )
+    return made / f"{split}.jsonl"
 
 
 def _lines(values: list[dict[str, Any]]) -> bytes:

@@ -122,9 +122,6 @@ def _download(named: str, key: str) -> Path:
 # --- what the user names → sources ----------------------------------------------------------------
 
 
-HELD_OUT_DEMO = ("demo", "validation", "dpo")  # data.validation=demo
-
-
 def chosen(
     path: Any,
     *,
@@ -171,7 +168,7 @@ def chosen(
     sources += held_out
     for kind, named_files in (("validation", validation), ("against", against)):
         for named in [named_files] if isinstance(named_files, str) else named_files or ():
-            place = _demo(cache_dir, seed, task, "validation") if (named, kind, task) == HELD_OUT_DEMO else named
+            place = _demo(cache_dir, seed, task, "validation") if named == "demo" else named
             files, more, tests = find(place, key=f"data.{kind}")
             own = columns if kind == "validation" else {}
             how = format if kind == "validation" else "auto"
@@ -184,8 +181,10 @@ def chosen(
 
 
 def _demo(cache_dir: Path, seed: int, task: str, split: str) -> str:
-    """The demo's file for a task, made here. Pairs have held-out ones in a file of their own."""
+    """The demo's file for a task, made here."""
     from ftdist import demo
 
     directory = cache_dir.parent / "demo"
-    return str(demo.preferences(directory, seed) / f"{split}.jsonl" if task == "dpo" else demo.dataset(directory, seed))
+    if task == "dpo":
+        return str(demo.preferences(directory, seed, split))
+    return str(demo.dataset(directory, seed) if split == "train" else demo.held_out(directory, seed))

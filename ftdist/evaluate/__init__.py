@@ -83,7 +83,7 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
     if not os.access(target, os.W_OK):
         raise UserError(f"{target}: cannot be written, and eval/ comes into it; copy it to another place")
     if wanted["data"]:
-        prepared = _prepared(target, config, tokenizer, longest, "eval.data", wanted["data"], config["task"]["name"])
+        prepared = _prepared(target, config, tokenizer, longest, "eval.data", wanted["data"], "sft")
     else:
         assert plan is not None
         prepared = Path(plan["prepared"])
@@ -95,6 +95,9 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
         key: _prepared(target, config, tokenizer, longest, f"eval.{key}", wanted[key], task) if wanted[key] else None
         for key, task in (("retention", "sft"), ("preferences", "dpo"))
     }
+    if beside["preferences"] is None and plan is not None and config["task"]["name"] == "dpo":
+        own = Path(plan["prepared"])
+        beside["preferences"] = own if own.is_dir() else None
     task = {
         "target": str(target),
         "wanted": wanted,

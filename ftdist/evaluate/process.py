@@ -46,7 +46,6 @@ def run(
     answers: dict[str, list[str]] = {}
     notes: dict[str, Any] = {"without_reference": without, "held_out": len(rows), "with_prompt": len(asked)}
     shared = None
-    paired = config["task"]["name"] == "dpo"
     margins: Any = None  # of the pairs, as the base sees them
     for which in sides:
         if plan is None:
@@ -58,14 +57,13 @@ def run(
         pad = tokenizer.pad_token_id or 0
         size = wanted["batch_size"]
         pairs = None
-        if paired:  # its loss is that of the chosen answers
-            pairs = generate.pair_losses(model, prepared, size, pad, which)
+        if preferences is not None:
+            pairs = generate.pair_losses(model, preferences, size, pad, f"{which}, preferences")
+        if pairs is not None and preferences == prepared:  # no other rows: the loss is that of the chosen answers
             loss = scores.loss(*pairs[0])
         else:
             loss = scores.loss(*generate.losses(model, prepared, size, pad, which))
         found[which] = {"loss": loss, "perplexity": scores.perplexity(loss)}
-        if preferences is not None:
-            pairs = generate.pair_losses(model, preferences, size, pad, f"{which}, preferences")
         if pairs is not None:
             preferred, margins = scores.preferences(pairs[0][0], pairs[1][0], margins)
             found[which] |= preferred
