@@ -16,7 +16,7 @@ from ftdist import rundir
 from ftdist.evaluate import tables
 from ftdist.report import gather
 from ftdist.report.gather import Run
-from ftdist.report.plots import MARKS, SERIES
+from ftdist.report.plots import MARKS, PAIRS, SERIES
 
 DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#ff7b72", "#d29922", "#39c5cf", "#f778ba")
 LONG = 1500  # characters of an answer that are shown
@@ -38,6 +38,7 @@ def of_run(run: Run, svgs: dict[str, str]) -> str:
             _plots(svgs, ("loss", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
             _planned(run),
         ),
+        _section("Preferences", _plots(svgs, [name.replace("/", "_") for name in PAIRS])),
         _section("Checkpoints, restarts, faults", _plots(svgs, ("time_line",)), _events(run)),
         _section("Spectrum", _selection(run)),
         _section("Configuration", _configuration(run)),
