@@ -96,8 +96,8 @@ def private_and_stoppable() -> None:
 
 
 def train(argv: list[str]) -> int:
-    """One run, or with -m or sweep=search several."""
-    from ftdist import compose, job
+    """One run, or with -m or sweep=search several; a recipe may be several runs, one after another."""
+    from ftdist import compose, job, stages
     from ftdist import resume as resuming
 
     made = compose.several("train", argv)
@@ -106,27 +106,47 @@ def train(argv: list[str]) -> int:
 
         start.start(made, argv)
         return OK
-    for config in made.configs:
-        job.ready(config)
-        run_dir = Path(config["run_dir"]).expanduser().absolute()
-        try:
-            if config["cluster"]["name"] == "slurm":
-                from ftdist import submit
+    (config,) = made.configs
+    recipe = stages.of("train", config, argv)
+    if len(recipe) > 1:
+        return in_stages(recipe)
+    job.ready(config)
+    run_dir = Path(config["run_dir"]).expanduser().absolute()
+    try:
+        if config["cluster"]["name"] == "slurm":
+            from ftdist import submit
 
-                if status := submit.run(config, run_dir):
-                    return status
-                if config["cluster"]["test_only"]:
-                    continue
-            elif config["resume"] == "auto" and resuming.begun(run_dir, config):
-                resuming.resume(run_dir, config)
-            else:
-                job.run(config, run_dir)
-        except KeyboardInterrupt:
-            if (run_dir / "config.yaml").is_file():
-                print(f"\nftdist: stopped; unfinished run in {run_dir}", file=sys.stderr)
-                return INTERRUPTED
-            raise
-        print(f"run: {run_dir}")
+            if status := submit.run(config, run_dir):
+                return status
+            if config["cluster"]["test_only"]:
+                return OK
+        elif config["resume"] == "auto" and resuming.begun(run_dir, config):
+            resuming.resume(run_dir, config)
+        else:
+            job.run(config, run_dir)
+    except KeyboardInterrupt:
+        if (run_dir / "config.yaml").is_file():
+            print(f"\nftdist: stopped; unfinished run in {run_dir}", file=sys.stderr)
+            return INTERRUPTED
+        raise
+    print(f"run: {run_dir}")
+    return OK
+
+
+def in_stages(recipe: list[dict[str, Any]]) -> int:
+    """Every run of a recipe; the last one's directory is the result."""
+    from ftdist import stages
+
+    stages.ready(recipe)  # everything is checked before anything starts
+    try:
+        run_dir = stages.run(recipe)
+    except KeyboardInterrupt:
+        begun = [stage["run_dir"] for stage in recipe if Path(stage["run_dir"], "config.yaml").is_file()]
+        if begun:
+            print(f"\nftdist: stopped; unfinished run in {begun[-1]}", file=sys.stderr)
+            return INTERRUPTED
+        raise
+    print(f"run: {run_dir}")
     return OK
 
 
@@ -207,7 +227,7 @@ def _runs(verb: str, argv: list[str]) -> list[Path]:
 
 def plan(argv: list[str]) -> int:
     """Steps 1 and 2 of a run; leaves nothing."""
-    from ftdist import compose, job
+    from ftdist import compose, job, stages
     from ftdist.plan.text import render, scaling
 
     as_json, fit = "--json" in argv, "--fit" in argv
@@ -215,7 +235,7 @@ def plan(argv: list[str]) -> int:
     devices = [int(part) for part in (sizes or "").split(",") if re.fullmatch(r"[1-9]\d{0,6}", part)]
     if sizes is not None and len(devices) != len(sizes.split(",")):
         raise UserError(f"--sizes={sizes}: numbers of devices, with commas between them: --sizes 8,16,64")
-    for config in compose.compose("plan", argv):
+    for config in [stage for first in compose.compose("plan", argv) for stage in stages.of("plan", first, argv)]:
         job.decide(config)
         made: dict[str, Any] = dict(job.plan(config))
         if fit:

@@ -101,6 +101,8 @@ def frozen(argv: list[str]) -> Path:
     config = configs[0]
     if config["resume"] == "auto" and config["run_dir"] is None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
+    if config["then"]:
+        raise UserError("then: a launcher runs one configuration; use ftdist train for a recipe of several runs")
     job.decide(config)
     forecast.refuse_what_cannot_fit(dict(job.plan(config)), config["must_fit"])
     run_dir = Path(config["run_dir"]).expanduser().absolute()

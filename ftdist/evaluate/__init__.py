@@ -36,6 +36,7 @@ def settings(
     retention: str | list[str] | dict[str, str | list[str]] | None,
     retention_during: bool,
     retention_overlap: Literal["refuse", "warn"],
+    preferences: str | list[str] | None,
     lm_eval: list[str],
     show: Annotated[int, Field(ge=0)],
     g_eval: dict[str, Any],
@@ -107,7 +108,9 @@ def retention_data(config: dict[str, Any]) -> dict[str, str]:
     tokenizer = Path(config["model"]["path"])
     template, longest = config["data"]["chat_template"], config["train"]["max_length"]
     return {
-        name: str(_prepared(Path(config["run_dir"]), config, tokenizer, longest, data, "eval.retention", template))
+        name: str(
+            _prepared(Path(config["run_dir"]), config, tokenizer, longest, data, "eval.retention", "sft", template)
+        )
         for name, data in retention_sets(config["eval"]["retention"]).items()
     }
 
@@ -156,7 +159,7 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
     if not os.access(target, os.W_OK):
         raise UserError(f"{target}: cannot be written, and eval/ comes into it; copy it to another place")
     if wanted["data"]:
-        prepared = _prepared(target, config, tokenizer, longest, wanted["data"], "eval.data")
+        prepared = _prepared(target, config, tokenizer, longest, wanted["data"], "eval.data", "sft")
     else:
         assert plan is not None
         prepared = Path(plan["prepared"])
@@ -165,9 +168,14 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
             f"{target}: its prepared data are gone ({prepared}); give the held-out rows with eval.data=FILE"
         )
     retention = {
-        name: str(_prepared(target, config, tokenizer, longest, data, "eval.retention"))
+        name: str(_prepared(target, config, tokenizer, longest, data, "eval.retention", "sft"))
         for name, data in retention_sets(wanted["retention"]).items()
     }
+    preferences = None
+    if wanted["preferences"]:
+        preferences = _prepared(target, config, tokenizer, longest, wanted["preferences"], "eval.preferences", "dpo")
+    elif plan is not None and config["task"]["name"] == "dpo" and Path(plan["prepared"]).is_dir():
+        preferences = Path(plan["prepared"])
     task = {
         "target": str(target),
         "wanted": wanted,
@@ -175,6 +183,7 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
         "plan": plan,
         "prepared": str(prepared),
         "retention": retention,
+        "preferences": str(preferences) if preferences else None,
     }
     with tempfile.TemporaryDirectory() as scratch:
         said = Path(scratch, "failure")
@@ -200,7 +209,7 @@ def _positions(directory: Path, base: str | None) -> int:
 
 
 def _prepared(
-    target: Path, config: dict[str, Any], tokenizer: Path, longest: int, data: str | list[str], key: str,
+    target: Path, config: dict[str, Any], tokenizer: Path, longest: int, data: str | list[str], key: str, task: str,
     template: str = "tokenizer",
 ) -> Path:  # fmt: skip
     """Rows of the user's own file, in the template and with the mask of the run, none taken out."""
@@ -209,6 +218,7 @@ def _prepared(
     keep = {
         **config["data"],
         "path": data,
+        "format": config["data"]["format"] if task == config["task"]["name"] else "auto",
         "validation": data,
         "validation_share": 0.0,
         "exact_duplicates": "keep",
@@ -225,12 +235,12 @@ def _prepared(
         "trust_remote_code": config["model"]["trust_remote_code"],
         "max_length": longest,
         "packing": False,
-        "task": config["task"]["name"],
+        "task": task,
         "seed": config["seed"],
         "cache_dir": rundir.cache_root() / "data",
     }
     if key == "eval.retention":  # general data have their own form, whatever is trained on
-        keep |= {"format": "auto", "columns": {}, "mask": "auto", "task": "sft"}
+        keep |= {"format": "auto", "columns": {}, "mask": "auto"}
     unlike = set(keep) ^ set(schema.keys_of(prepare))
     if unlike:
         raise UserError(f"{target}: made by another version of ftdist, with other keys of data ({min(unlike)})")

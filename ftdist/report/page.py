@@ -19,7 +19,7 @@ from ftdist.evaluate import tables
 from ftdist.report import compare
 from ftdist.report.compare import Comparison
 from ftdist.report.gather import Run
-from ftdist.report.plots import MARKS, SERIES
+from ftdist.report.plots import MARKS, PAIRS, SERIES
 from ftdist.tracking import duration
 
 DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#ff7b72", "#d29922", "#39c5cf", "#f778ba")
@@ -43,6 +43,7 @@ def of_run(run: Run, svgs: dict[str, str]) -> str:
             _plots(svgs, ("loss", "retention", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
             _planned(run),
         ),
+        _section("Preferences", _plots(svgs, [name.replace("/", "_") for name in PAIRS])),
         _section("Checkpoints, restarts, faults", _plots(svgs, ("time_line",)), _events(run)),
         _section("Spectrum", _selection(run)),
         _section("Configuration", _configuration(run)),
