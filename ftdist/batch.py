@@ -3,6 +3,7 @@
 `python -m ftdist.batch run RUN`       train the frozen run, or go on with it
 `python -m ftdist.batch prepare RUN`   prepare its data and freeze it, as a job of its own
 `python -m ftdist.batch finish RUN`    evaluate what was trained (in a task, where the devices are)
+`python -m ftdist.batch member SWEEP N`, `worker SWEEP N`   a member of a sweep's array N; a worker of a search
 `python -m ftdist.batch words …`       overrides as for `ftdist train`: all of it inside the job (slurm/train.sbatch)
 
 A signal of the scheduler becomes RUN/stop.json: the ranks agree, save and end; then the job goes back into the queue.
@@ -50,6 +51,10 @@ def main(argv: list[str]) -> int:
             if status == OK:
                 print(f"run: {run_dir}", flush=True)
             return status
+        if verb in ("member", "worker"):
+            from ftdist.sweep import array
+
+            return {"member": array.member, "worker": array.worker}[verb](Path(words[0]), words[1])
         run_dir = Path(words[0])
         return {"run": run, "prepare": prepare, "finish": finish}[verb](run_dir)
     except UserError as failure:

@@ -29,7 +29,7 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   chat  RUN [chat.key=value] talk to base and tuned next to each other
   report RUN… [--output FILE]  one self-contained page for a run, or one that compares several
   ls    [GROUP]              config groups, or the choices in one
-  doctor [--shared DIR] [--json]  what is wrong with this installation, machine and cluster, and what to do;
+  doctor [--shared DIR] [--json] [overrides]  what is wrong with this installation, machine, and cluster;
                              --calibrate: measures it for plans; --fault-drill [--kills N] [overrides]: a run
                              killed N times ends as an untouched one
   completion bash            eval "$(ftdist completion bash)" completes verbs, groups, choices and keys
@@ -154,7 +154,8 @@ def status(argv: list[str]) -> int:
 
     as_json = "--json" in argv
     argv = [word for word in argv if word != "--json"]
-    states = follow.status(_runs("status", argv) if argv else follow.default_runs())
+    runs = [run for named in _runs("status", argv) for run in _members(named)] if argv else follow.default_runs()
+    states = follow.status(runs)
     print(json.dumps(states, indent=2) if as_json else follow.table(states))
     return OK
 
@@ -177,8 +178,22 @@ def stop(argv: list[str]) -> int:
     from ftdist import follow
 
     for run_dir in _runs("stop", argv):
-        print(f"{run_dir}: {follow.stop(run_dir)}")
+        if (run_dir / "sweep.yaml").is_file():
+            from ftdist.sweep import start
+
+            print(f"{run_dir}: {start.stop(run_dir)}")
+        else:
+            print(f"{run_dir}: {follow.stop(run_dir)}")
     return OK
+
+
+def _members(named: Path) -> list[Path]:
+    """The runs that a sweep has by now; of anything else itself."""
+    if not (named / "sweep.yaml").is_file():
+        return [named]
+    from ftdist.sweep import directory
+
+    return [run for member in directory.members(named) if (run := named / member.name).is_dir()]
 
 
 def _runs(verb: str, argv: list[str]) -> list[Path]:
@@ -301,14 +316,15 @@ def doctor(argv: list[str]) -> int:
         return OK
     as_json = "--json" in argv
     argv, shared = _option([word for word in argv if word != "--json"], "--shared", "which directory? --shared DIR")
-    if argv or kills or seed:
+    if kills or seed or any("=" not in word for word in argv):
         raise UserError(
-            f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--shared DIR] [--json] | --calibrate | "
-            "--fault-drill [--kills N]"
+            f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--shared DIR] [--json] [overrides] | "
+            "--calibrate | --fault-drill [--kills N]"
         )
     from ftdist import checkup
 
     found = list(checkup.findings(Path(shared).expanduser().absolute() if shared else None))
+    found += [checkup.cluster(argv)] if argv else []
     print(checkup.text(found, as_json))
     return FAILED if any(finding.level == checkup.WRONG for finding in found) else OK
 

@@ -38,7 +38,10 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
 
     With `-m` the runs are named inside `sweep_dir`. UserError says in one line what the user got wrong.
     """
-    return several(verb, argv).configs
+    made = several(verb, argv)
+    if verb == "train" and made.sweep.get("name") == "search":
+        raise UserError("sweep=search: one run is wanted here; `ftdist train` searches")
+    return made.configs
 
 
 def several(verb: str, argv: list[str]) -> Composed:

@@ -44,11 +44,11 @@ class Weights:
         """What is kept in files."""
         return {fisher.KIND: self.fisher, WEIGHT: self.anchors}
 
-    def begin(self, strength: float) -> float:
+    def begin(self, strength: float) -> Any:  # noqa: ARG002  (the forms' common shape)
         """Of a step, before any weight moves; what it adds to the penalty."""
         return 0.0
 
-    def pull(self, tensor: torch.Tensor, strength: float, scale: float) -> float:
+    def pull(self, tensor: torch.Tensor, strength: float, scale: float) -> Any:
         """Add the penalty's gradient to the tensor's, times `scale`; what this tensor adds to the penalty."""
         number = self.numbers[id(tensor)]
         assert tensor.grad is not None
@@ -61,7 +61,7 @@ class Weights:
             force = moved * importance[part]
             total += torch.dot(force, moved)
             gradient[part] += strength * scale * force
-        return strength / 2 * float(total)
+        return strength / 2 * total  # a tensor: nobody waits for the device before it is logged
 
     def over_ranks(self, penalty: float, ranks: Ranks) -> float:
         """The whole penalty from this rank's part."""
@@ -81,10 +81,11 @@ class Adapter:
 
 
 class Drift:
-    """The drift s·B·A of merged weights by the base weights' Fisher, a rank having the Fisher of some rows of each.
+    """The drift D = s·(B·A − B₀·A₀) of merged weights by the base weights' Fisher, a rank having that of some rows.
 
-    With M = λF∘s·B·A the gradients are dB = s·M·Aᵀ and dA = s·Bᵀ·M. Rows of B need no other rank; the parts of dA are
-    summed over the ranks. Adapters are small: each step puts them together in full precision from the shards.
+    With M = λF∘D the gradients are dB = s·M·Aᵀ and dA = s·Bᵀ·M. Rows of B need no other rank; the parts of dA are
+    summed over the ranks. Adapters are small: each step puts them together in full precision from the shards. Fresh
+    ones have B₀ = 0.
     """
 
     replicated = False
@@ -122,7 +123,8 @@ class Drift:
         end = 0
         for name, shape in held.shapes.items():
             self.starts[name], end = end, end + shape[0] * shape[1]
-        self.whole = torch.zeros(end + 1, dtype=torch.float32, device=device)  # all adapters; one more for the penalty
+        self.made = torch.zeros(end + 1, dtype=torch.float32, device=device)  # gradients; last the penalty
+        self.start = self._whole()
         self.numbers = {id(key): number for number, key in enumerate(held.keys)}
 
     def backward(self, tally: fisher.Tally) -> Any:
@@ -130,12 +132,28 @@ class Drift:
         return fisher.gradients_of_modules(self.modules, tally)
 
     def kinds(self) -> dict[str, list[torch.Tensor]]:
-        """What is kept in files: the drift starts from nothing, so there is no anchor."""
+        """What is kept in files: a base weight needs no anchor, and adapters start from a seed or RUN/start."""
         return {fisher.KIND: self.fisher}
 
-    def begin(self, strength: float) -> float:
+    def begin(self, strength: float) -> Any:
         """Make the gradients of all adapters, once a step; the penalty."""
-        adapters = self.whole.zero_()
+        adapters, made = self._whole(), self.made.zero_()
+        for importance, adapter in zip(self.fisher, self.adapters, strict=True):
+            a, b = self._matrix(adapters, adapter.a), self._matrix(adapters, adapter.b)[adapter.rows]
+            drift = adapter.scale * (
+                b @ a - self._matrix(self.start, adapter.b)[adapter.rows] @ self._matrix(self.start, adapter.a)
+            )
+            force = strength * importance.view(drift.shape) * drift
+            made[-1] += torch.dot(force.view(-1), drift.view(-1)) / 2
+            self._matrix(made, adapter.b)[adapter.rows] = adapter.scale * (force @ a.T)
+            self._matrix(made, adapter.a).copy_(adapter.scale * (b.T @ force))
+        if self.ranks.world > 1:
+            dist.all_reduce(made)
+        return made[-1].clone()
+
+    def _whole(self) -> torch.Tensor:
+        """All adapters, one after another, from the shards."""
+        adapters = torch.zeros_like(self.made[:-1])
         for flat, key in zip(self.held.flats, self.held.keys, strict=True):
             for segment in flat.segments:
                 start = self.starts[segment.name] + segment.start
@@ -143,26 +161,15 @@ class Drift:
                 adapters[start : start + segment.length] = values
         if not self.held.replicated:
             dist.all_reduce(adapters)
-        made = torch.zeros_like(adapters)
-        for importance, adapter in zip(self.fisher, self.adapters, strict=True):
-            a, b = self._matrix(adapters, adapter.a), self._matrix(adapters, adapter.b)[adapter.rows]
-            drift = adapter.scale * (b @ a)
-            force = strength * importance.view(drift.shape) * drift
-            made[-1] += torch.dot(force.view(-1), drift.view(-1)) / 2
-            self._matrix(made, adapter.b)[adapter.rows] = adapter.scale * (force @ a.T)
-            self._matrix(made, adapter.a).copy_(adapter.scale * (b.T @ force))
-        if self.ranks.world > 1:
-            dist.all_reduce(made)
-        self.whole = made
-        return float(made[-1])
+        return adapters
 
-    def pull(self, tensor: torch.Tensor, strength: float, scale: float) -> float:
+    def pull(self, tensor: torch.Tensor, strength: float, scale: float) -> Any:  # noqa: ARG002
         """Add what `begin` made to the tensor's gradient, times `scale`."""
         assert tensor.grad is not None
         gradient = tensor.grad.view(-1)
         for segment in self.held.flats[self.numbers[id(tensor)]].segments:
             start = self.starts[segment.name] + segment.start
-            values = self.whole[start : start + segment.length]
+            values = self.made[start : start + segment.length]
             gradient[segment.offset : segment.offset + segment.length] += scale * values.to(gradient)
         return 0.0
 
@@ -190,6 +197,7 @@ class Consolidation:
         self,
         run_dir: Path,
         rows: Callable[[], Any],
+        during: Callable[[], Any],
         facts: Mapping[str, Any],
         *,
         strength: float,
@@ -201,15 +209,16 @@ class Consolidation:
         adapters: str,
         dtype: str,
     ) -> None:
-        """rows: opens the prepared general data; facts: what besides the weights' names decides the Fisher."""
-        self.run_dir, self.rows, self.facts = run_dir, rows, dict(facts)
+        """rows: opens the prepared general data; during: a context around measuring; facts: what besides the names of
+        weights decides the Fisher."""
+        self.run_dir, self.rows, self.during, self.facts = run_dir, rows, during, dict(facts)
         self.strength, self.samples, self.batch = strength, samples, batch
         self.given, self.earlier, self.decay = fisher, earlier, decay
         self.drift = adapters == "drift"
         self.dtype = getattr(torch, dtype)
         self.form: Any = None
         self.step = 0  # whose penalty this is
-        self.own = 0.0  # this rank's part of it
+        self.own: Any = 0.0  # this rank's part of it
 
     def begin(self, trainer: Any) -> None:
         """The weights are those that the run starts from, whether it goes on afterwards or not."""
@@ -230,7 +239,10 @@ class Consolidation:
             fisher.write(own, ranks, self.form.kinds(), self.form.places, self.form.shapes, self.form.replicated, facts)
         self._hold()
         self.ranks = ranks
-        _, base = engines(trainer.optimizer)
+        zero, base = engines(trainer.optimizer)
+        if hasattr(zero, "backup_optimizer"):
+            raise UserError("forgetting=ewc: engine.zero.offload_optimizer.ratio below 1 has a second optimizer, which "
+                            "no penalty reaches; leave the ratio out")  # fmt: skip
         inner = base.step
 
         def pulled(*args: Any, **kwargs: Any) -> Any:
@@ -262,7 +274,8 @@ class Consolidation:
     def _measured(self, trainer: Any, ranks: Ranks) -> dict[str, Any]:
         """From the cache if the same was measured before."""
         form = self.form
-        decides = {**self.facts, "samples": self.samples, "batch": self.batch, "shapes": form.shapes,
+        code = hashlib.sha256(Path(fisher.__file__).read_bytes()).hexdigest()
+        decides = {**self.facts, "code": code, "samples": self.samples, "batch": self.batch, "shapes": form.shapes,
                    "seed": trainer.args.seed}  # fmt: skip
         key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:40]
         cached = rundir.cache_root() / forgetting.FOLDER / key
@@ -278,7 +291,8 @@ class Consolidation:
                 return said
         tally = fisher.Tally(form.fisher, form.places, ranks.world > 1 and not form.replicated, self.batch > 1)
         rows = self.rows()
-        samples, tokens = fisher.measure(trainer, rows, form.backward(tally), tally, self.samples, self.batch)
+        with self.during():
+            samples, tokens = fisher.measure(trainer, rows, form.backward(tally), tally, self.samples, self.batch)
         said = {**self.facts, "samples": samples, "tokens": tokens, "batch": self.batch}
         if ranks.rank == 0:
             print(f"Fisher: {samples:,} samples, {tokens:,} supervised tokens", flush=True)
@@ -310,9 +324,11 @@ class Consolidation:
 
     def penalty(self) -> float:
         """Of the last step, before it moved the weights, over all ranks. Every rank must call."""
-        return float(self.form.over_ranks(self.own, self.ranks))
+        return float(self.form.over_ranks(float(self.own), self.ranks))
 
     def tensors(self) -> list[torch.Tensor]:
         """What is held for it on this rank."""
         form = self.form
-        return [*form.fisher, *form.anchors, *([form.whole] if isinstance(form, Drift) else [])] if form else []
+        return (
+            [*form.fisher, *form.anchors, *([form.made, form.start] if isinstance(form, Drift) else [])] if form else []
+        )

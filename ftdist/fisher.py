@@ -175,6 +175,7 @@ def measure(trainer: Any, rows: Any, backward: Any, tally: Tally, samples: int, 
             done = min((turn + 1) * ranks.world, len(batches)) * batch
             left = (said - began) / done * (len(wanted) - done)
             print(f"Fisher: {done:,} of {len(wanted):,} samples, {left:.0f} s left", flush=True)
+    trainer.examined = False  # again with the rows that are trained on, which may show more
     tokens = sum(ranks.gather(tokens))
     if not tokens:
         raise UserError("forgetting.data: no token of the chosen rows is supervised; see data.mask")

@@ -169,6 +169,16 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
     return made
 
 
+def evaluations(train: dict[str, Any], steps: int, steps_per_epoch: int | None) -> int:
+    """How often the held-out rows are read while `steps` steps are trained."""
+    if train["eval_strategy"] == "no":
+        return 0
+    if train["eval_strategy"] == "epoch":
+        return math.ceil(steps / (steps_per_epoch or steps))
+    every = train.get("eval_steps") or train["logging_steps"]
+    return int(steps // (every if every >= 1 else max(math.ceil(every * steps), 1)))
+
+
 def _kept(keys: dict[str, Any], restores_best: bool, steps: int | None) -> int:
     """Checkpoints that `checkpoint:` keeps; those of `keep_every` as far as the number of steps is known."""
     lasting = (steps or 0) // keys["keep_every"] if keys["keep_every"] else 0
@@ -226,7 +236,7 @@ def refuse_without_disk(plan: Plan, run_dir: str, free: int, must_fit: bool) -> 
     free: bytes, where the run directory will be.
     """
     disk, one = plan["disk_bytes"], plan["checkpoint_bytes"]
-    least = disk["final"] + one
+    least = disk["final"] + one + disk["fisher"]
     most = least + disk["checkpoints"]
     if free >= most:
         return

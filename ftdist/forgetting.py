@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ftdist import base as bases
-from ftdist import checkpoint
+from ftdist import checkpoint, start
 from ftdist.data.prepare import Part
 from ftdist.errors import UserError
 from ftdist.plan.states import Penalty
@@ -56,8 +56,13 @@ def is_on(keys: Mapping[str, Any]) -> bool:
     return keys["name"] == "ewc" and keys["strength"] > 0
 
 
-def refuse(keys: Mapping[str, Any], engine: str, peft: Mapping[str, Any] | None) -> None:
-    """UserError for keys that do not go together, or not with this engine or these adapters."""
+def refuse(keys: Mapping[str, Any], task: str, engine: str, peft: Mapping[str, Any] | None, look: bool) -> None:
+    """UserError for keys that do not go together, or not with this engine or these adapters.
+
+    look: at the files that are named, which a run that goes on needs no more.
+    """
+    if task != "sft":
+        raise UserError(f"forgetting=ewc: not with task={task}; use task=sft or forgetting=none")
     if keys["data"] is None and keys["fisher"] is None:
         raise UserError(
             "forgetting.data: missing; set forgetting.data=FILE, general data that are not to be forgotten, or "
@@ -76,7 +81,7 @@ def refuse(keys: Mapping[str, Any], engine: str, peft: Mapping[str, Any] | None)
         raise UserError("forgetting.adapters=drift: DoRA also rescales the merged weight; use strategy.use_dora=false "
                         "or forgetting.adapters=plain")  # fmt: skip
     for key in ("fisher", "earlier"):
-        if keys[key] is not None:
+        if look and keys[key] is not None:
             read(keys[key], f"forgetting.{key}")
 
 
@@ -145,12 +150,14 @@ def facts(
     peft: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What a Fisher is of: the weights, the data, and whatever else changes gradients at the start."""
+    going_on = start.adapter(run_dir)
     base = json.loads((run_dir / bases.FILE).read_text(encoding="utf-8"))
     return {
         "model": identity(base["files"]),
         "model_path": base["path"],
-        "data": Path(plan["general"]).name if plan["general"] else None,
+        "data": Path(plan["fisher_data"]).name if plan["fisher_data"] else None,
         "precision": plan["precision"],
         "quantization": quantization,
         "adapters": dict(peft) if peft and keys["adapters"] == "plain" else None,
+        "start": identity(bases.fingerprint(str(going_on))["files"]) if going_on else None,
     }

@@ -84,7 +84,9 @@ def check(config: dict[str, Any]) -> None:
     """Every key of every group against what reads it; UserError names the first that nothing would read."""
     schema.check("", {k: v for k, v in config.items() if k not in GROUPS}, _top)
     trainkeys.check({k: v for k, v in config["train"].items() if not (k in AUTOMATIC and v is None)})
-    schema.check("model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype"))
+    schema.check(
+        "model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype", "overrides")
+    )
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
     schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
     if config["task"]["name"] == "dpo":
@@ -121,7 +123,7 @@ def check(config: dict[str, Any]) -> None:
 
 def check_cluster(cluster: dict[str, Any]) -> None:
     """Every key of `cluster`; those of SLURM only where it is chosen."""
-    queue = (slurm.options, slurm.setup, slurm.in_task, slurm.in_job, slurm.submission)
+    queue = (slurm.options, slurm.setup, slurm.in_task, slurm.in_job, slurm.submission, slurm.array)
     more = queue if cluster.get("name") == "slurm" else ()
     schema.check("cluster", cluster, launcher.processes, *more, context=("here",))
 
@@ -136,7 +138,16 @@ DATA_CONTEXT = ("tokenizer_path", "revision", "trust_remote_code", "max_length",
                 "cache_dir")  # fmt: skip
 
 
-def model_keys(*, path: str, architecture: dict[str, Any] | None, adapter: Literal["merge", "continue"]) -> None:
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+def model_keys(
+    *,
+    path: str,
+    architecture: dict[str, Any] | None,
+    adapter: Literal["merge", "continue"],
+    dropout: Dropout | dict[str, Dropout] | None,
+) -> None:
     """The keys of `model` that the plan reads; adapter: what becomes of the one that a run in `path` left."""
 
 
@@ -146,12 +157,13 @@ def plan(
     examples: int | None = None,
     measured: bool = False,
     shapes: Shapes | None = None,
+    held_out_tokens: int = 0,
 ) -> Plan:
     """What would run, with the arithmetic. Loads no torch, no weights, no data; `config` was completed by `decide`.
 
     rows: of the prepared training split, packed ones where packing is on; examples: before packing;
     measured: the strategy has prepared what it needs; shapes: of the model, if they are known already (then nothing is
-    asked that was asked before).
+    asked that was asked before); held_out_tokens: what an evaluation while training reads.
     """
     from ftdist.plan import examples as look
     from ftdist.plan.advice import advice
@@ -214,7 +226,7 @@ def plan(
     )
     forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
-        forgetting.refuse(config["forgetting"], engine, recipe.peft)
+        forgetting.refuse(config["forgetting"], config["task"]["name"], engine, recipe.peft, look=not measured)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if rows is None and asked:
@@ -287,6 +299,12 @@ def plan(
         made["total_steps"] = batch.total_steps
         made["steps_are_a_guess"] = guess is not None and train["max_steps"] <= 0
     made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps)
+    if config["model"]["dropout"]:
+        made["notes"].append("model.dropout: what its masks take is not counted")
+    if batch.total_steps is not None and held_out_tokens:
+        made["evaluations"] = forecast.evaluations(train, batch.total_steps, batch.steps_per_epoch)
+        # a forward pass, of the three that training a token costs
+        made["evaluation_seconds"] = made["evaluations"] * held_out_tokens / made["tokens_per_second"] / 3
     if asked and config["strategy"].get("top_percent") and recipe.trainable is not None and made["fits"] is not None:
         made["largest_top_percent"] = forecast.largest_percent(config, _planner(shapes, rows, measured), {})
     if asked and made["fits"] is False:
@@ -329,6 +347,8 @@ def decide(config: dict[str, Any]) -> None:
     if train["bf16"] is None:
         has_bf16 = devices.capability >= BF16_CAPABILITY if devices.capability else _cpu_has_bf16()
         train["bf16"] = not train.get("fp16") and has_bf16
+    if config["model"]["dropout"] is not None:
+        models.dropouts(shapes_of(config["model"]).config, config["model"]["dropout"])
     if train["gradient_checkpointing"] is None:
         train["gradient_checkpointing"] = devices.gpu and shapes_of(config["model"]).total > RECOMPUTE_ABOVE
     if config["run_dir"] is None:
@@ -454,7 +474,13 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         print("no row is held out: no held-out loss", flush=True)
     retention = evaluation.retention_data(config)
     evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
-    made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
+    made = plan(
+        config,
+        rows=report["train_rows"],
+        examples=report["train"],
+        measured=True,
+        held_out_tokens=report["validation_tokens"] + evaluation.tokens_while_training(config, retention),
+    )
     print(
         f"data: {report['train']:,} rows to train on{_general(report)}, {report['validation']:,} held out; "
         f"{made['arithmetic'][-1]}",
@@ -470,7 +496,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         quantization = recipe_of(config, shapes_of(model), measured=True).quantization
         computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
         made["reference_key"] = align.key(begins, prepared.name, computed)
-    frozen = {"prepared": str(prepared), "retention": retention, "general": general, "id": uuid.uuid4().hex[:12]}
+    frozen = {"prepared": str(prepared), "retention": retention, "fisher_data": general, "id": uuid.uuid4().hex[:12]}
     rundir.write_json(run_dir / "plan.json", {**made, **frozen})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
@@ -588,6 +614,7 @@ def general_data(config: dict[str, Any], model: str) -> str | None:
         forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"])
         return None
     data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
+    data |= {"replay": None, "replay_share": None}
     try:
         return str(prepared_data({**config, "data": data, "train": {**config["train"], "packing": False}}))
     except UserError as failure:

@@ -163,6 +163,11 @@ def submission(
     """The keys of `cluster` that ftdist.submit reads."""
 
 
+def array(count: int, *, array_throttle: Annotated[int, Field(ge=1)] | None) -> str:
+    """sbatch's --array for so many members, at most `array_throttle` of them at once."""
+    return f"0-{count - 1}" + (f"%{array_throttle}" if array_throttle else "")
+
+
 def memory_bytes(text: str | None) -> int | None:
     """`64G` → bytes, as sbatch reads it; None for none, and for 0, which means all of the node."""
     if text is None:

@@ -86,13 +86,16 @@ def queue(run_dir: Path, cluster: dict[str, Any], prepare: bool) -> str:
     return number
 
 
-def text(run_dir: Path, cluster: dict[str, Any], verb: str = "run") -> str:
-    """The batch script that trains a run, or does something else with it (`verb` of ftdist.batch)."""
+def text(run_dir: Path, cluster: dict[str, Any], verb: str = "run", *words: str, **more: str) -> str:
+    """The batch script that trains a run, or does something else with it (`verb` of ftdist.batch, with `words`).
+
+    more: options of sbatch.
+    """
     output = f"{slurm.pattern(run_dir / 'logs')}/job-%j.log"
-    keys = {**schema.pick(slurm.options, cluster), "sbatch": {"output": output, **cluster["sbatch"]}}
+    keys = {**schema.pick(slurm.options, cluster), "sbatch": {"output": output, **more, **cluster["sbatch"]}}
     chosen = slurm.options(run_dir.name, cluster["nodes"], **keys)
     lines = slurm.setup(**schema.pick(slurm.setup, cluster))
-    return slurm.script(chosen, lines, slurm.batch_command(verb, str(run_dir)))
+    return slurm.script(chosen, lines, slurm.batch_command(verb, str(run_dir), *words))
 
 
 def preparation(run_dir: Path, cluster: dict[str, Any]) -> str:

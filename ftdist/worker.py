@@ -54,7 +54,8 @@ def train(run_dir: Path) -> int:
     watch = Watch(run_dir / "logs", ranks.rank, ranks.world, config["health"]["stall_minutes"], partial(fail, run_dir))
     token = keeper.token_of(run_dir, ranks)
     checkpoint = keeper.choose(run_dir, ranks, token, plan["id"])
-    shapes = model_shapes(path, None, revision=revision, trust_remote_code=remote).architecture.parameters
+    known = model_shapes(path, None, revision=revision, trust_remote_code=remote)
+    shapes = known.architecture.parameters
     strategy = find(config["strategy"]["name"])
     base = Base(shapes, plan["precision"], plan["storage"], measured=True)
     recipe = strategy(base, **schema.pick(strategy, config["strategy"]))
@@ -62,8 +63,9 @@ def train(run_dir: Path) -> int:
     meter = Meter(int(os.environ.get("RANK", "0")))
     tokenizer = models.tokenizer(path, revision, remote)
     wanted = schema.pick(models.load, config["model"])
+    dropouts = models.dropouts(known.config, config["model"]["dropout"])
     set_seed(config["seed"])  # adapters start from random numbers; the trainer seeds only itself
-    model = models.load(**wanted, quantization=recipe.quantization, loaded_dtype=plan["loaded"])
+    model = models.load(**wanted, quantization=recipe.quantization, loaded_dtype=plan["loaded"], overrides=dropouts)
     model = models.apply(model, recipe, trained_dtype=plan["trained"], adapter=start.adapter(run_dir))
     if plan["adapters"] and arguments.gradient_checkpointing:
         model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
@@ -131,9 +133,12 @@ def train(run_dir: Path) -> int:
             data, config["eval"]["during"], tokenizer, positions_of(model), config["seed"], config["eval"]
         )
     if forgetting.is_on(config["forgetting"]):
+        if main:
+            print(plan["forgetting"], flush=True)
         trainer.consolidation = ewc.Consolidation(
             run_dir,
-            lambda: datasets.load_from_disk(str(Path(plan["general"]) / "train")),
+            lambda: datasets.load_from_disk(str(Path(plan["fisher_data"]) / "train")),
+            partial(meter.during, "fisher"),
             forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft),
             **schema.pick(ewc.Consolidation.__init__, config["forgetting"]),
         )

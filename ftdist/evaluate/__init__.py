@@ -82,6 +82,14 @@ def retention_while_training(values: dict[str, Any], stopping: dict[str, Any]) -
     return bool(values["retention"]) and (values["retention_during"] or needed)
 
 
+def tokens_while_training(config: dict[str, Any], retention: dict[str, str]) -> int:
+    """Tokens of the retention sets that every evaluation reads."""
+    if not retention_while_training(config["eval"], config["stopping"]):
+        return 0
+    reports = [json.loads((Path(f) / "data_report.json").read_text(encoding="utf-8")) for f in retention.values()]
+    return sum(int(report["validation_tokens"]) for report in reports)
+
+
 def recorded(values: dict[str, Any]) -> list[str]:
     """What an evaluation while training records beside loss and perplexity."""
     found: list[str] = []
@@ -221,6 +229,8 @@ def _prepared(
         "seed": config["seed"],
         "cache_dir": rundir.cache_root() / "data",
     }
+    if key == "eval.retention":  # general data have their own form, whatever is trained on
+        keep |= {"format": "auto", "columns": {}, "mask": "auto", "task": "sft"}
     unlike = set(keep) ^ set(schema.keys_of(prepare))
     if unlike:
         raise UserError(f"{target}: made by another version of ftdist, with other keys of data ({min(unlike)})")

@@ -86,9 +86,9 @@ class Case:
         )
 
     @property
-    def consolidation(self) -> tuple[int, int, int]:
-        """Bytes of the penalty: on a rank, more of them while the Fisher is measured, of its files."""
-        return penalty_bytes(self.penalty, self.held, self.stage, self.world) if self.penalty else (0, 0, 0)
+    def consolidation(self) -> tuple[int, int, int, int]:
+        """Bytes of the penalty, as `penalty_bytes` has them."""
+        return penalty_bytes(self.penalty, self.held, self.stage, self.world) if self.penalty else (0, 0, 0, 0)
 
     @property
     def penalty_on_host(self) -> bool:
@@ -188,7 +188,7 @@ def need(case: Case) -> Memory:
     device["evaluation"] = base | {"activations": evaluated.evaluation, "logits_and_loss": chunk, "gathered": gathered}
     device["save"] = base | {"gathered": largest if case.stage == 3 else 0}
     device["resume"] = base | {"step": 0}
-    penalty, measuring, _ = case.consolidation
+    penalty, measuring, _, _ = case.consolidation
     if case.penalty is not None and case.penalty.measured:
         one = _activations(replace(case, batch=case.penalty.batch, checkpointing=False))
         device["fisher"] = base | {
@@ -520,6 +520,7 @@ def disk_bytes(case: Case, made: States, rows_tokens: int | None, kept: int) -> 
         "the next checkpoint": case.checkpoint,
         "prepared data": 8 * rows_tokens if rows_tokens else 0,
         "fisher": case.consolidation[2],
+        "cached fisher": case.consolidation[3],
     }
     if case.nvme:
         found["swap per node"] = case.processes * (made.host.get("optimizer", 0) + made.host.get("weights", 0))

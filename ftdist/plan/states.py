@@ -66,8 +66,9 @@ class Penalty:
     measured: bool  # by this run
 
 
-def penalty_bytes(penalty: Penalty, held: Iterable[Held], stage: int, world: int) -> tuple[int, int, int]:
-    """Bytes that a rank holds for the penalty; more of them while it measures; bytes of its files, over all ranks.
+def penalty_bytes(penalty: Penalty, held: Iterable[Held], stage: int, world: int) -> tuple[int, int, int, int]:
+    """Bytes that a rank holds for the penalty; more of them while it measures; of all files in the run directory;
+    of those in the cache.
 
     The anchor is in float32, like the optimizer's own weights; the Fisher is in float32 while it is added up.
     """
@@ -80,7 +81,7 @@ def penalty_bytes(penalty: Penalty, held: Iterable[Held], stage: int, world: int
         share = sum(math.ceil(rows / world) * columns for rows, columns in sizes.values())
         every = sum(map(math.prod, sizes.values()))
         largest = max(map(math.prod, sizes.values()), default=0)
-        standing = share * width + 4 * (sum(h.numel for h in wanted) + 1)  # and the adapters' gradients
+        standing = share * width + 4 * (2 * sum(h.numel for h in wanted) + 1)  # adapters' gradients, and their start
         files = every * width
     else:
         if stage == 0:
@@ -94,9 +95,9 @@ def penalty_bytes(penalty: Penalty, held: Iterable[Held], stage: int, world: int
         standing = share * (width + 4)
         files = every * (width + 4)
     if not penalty.measured:
-        return standing, 0, files
+        return standing, 0, files, 0
     measuring = share * (4 - width) + share * 4 * (penalty.batch > 1) + 3 * 4 * largest
-    return standing, measuring, files + 4 * every  # and what the cache keeps
+    return standing, measuring, files, 4 * every
 
 
 def quantized_bytes(numel: int, storage: str, double: bool) -> tuple[int, int]:

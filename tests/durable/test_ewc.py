@@ -7,27 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import events, last_words, metrics, same
+from runs import events, last_words, metrics, same, state_bytes
 
 from ftdist import state
 
+pytestmark = pytest.mark.xdist_group("ewc")  # its runs are compared with one another
 STRENGTH = 200.0  # a penalty that is felt within four steps
 PLAIN = "forgetting.adapters=plain"
+BF16 = "train.bf16=true"
+TWICE = ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2")
 CELLS = [
     ("full", "single"),
     ("full", "ddp"),
     ("full", "zero1"),
-    ("full", "zero2"),
+    ("full", "zero2", *TWICE),
     ("full", "zero3"),
-    ("spectrum", "single"),
+    ("full", "zero3", BF16),
     ("spectrum", "zero2"),
-    ("lora", "single"),
     ("lora", "ddp"),
-    ("lora", "zero2"),
     ("lora", "zero3"),
-    ("qlora", "single"),
     ("qlora", "zero3"),
-    ("lora", "single", PLAIN),
     ("lora", "zero3", PLAIN),
 ]
 
@@ -88,17 +87,20 @@ def kept(folder, kind):
     return tensors
 
 
-@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(word.rpartition(".")[2] for word in cell))
 def test_every_engine_adds_the_same(penalised, cell):
     """The Fisher, the anchors, the penalty and what becomes of the loss."""
     strategy, engine, *more = cell
-    run_dir, alone = penalised(strategy, engine, *more), penalised(strategy, "single", *more)
+    run_dir = penalised(strategy, engine, *more)
+    alone = penalised(strategy, "single", *(word for word in more if word not in TWICE))
+    rough = 1 if BF16 not in more else 30  # DeepSpeed casts weights, autocast activations
     measured, expected = kept(run_dir / "fisher", "fisher"), kept(alone / "fisher", "fisher")
     assert set(measured) == set(expected)
     for name, values in measured.items():
-        torch.testing.assert_close(values, expected[name], rtol=2e-3, atol=1e-5 * float(expected[name].max()))
+        near = {"rtol": 2e-3 * rough, "atol": 1e-5 * rough**2 * float(expected[name].max())}
+        torch.testing.assert_close(values, expected[name], **near)
     plan = json.loads((run_dir / "plan.json").read_text())
-    if strategy in ("full", "spectrum"):
+    if strategy in ("full", "spectrum") and BF16 not in more:  # DeepSpeed starts from weights in bfloat16
         assert sum(map(len, measured.values())) == plan["trainable_parameters"]
         anchors = kept(alone / "fisher", "weight")
         assert all(torch.equal(values, anchors[name]) for name, values in kept(run_dir / "fisher", "weight").items())
@@ -106,10 +108,12 @@ def test_every_engine_adds_the_same(penalised, cell):
         json.loads(file.read_text())["tensors"]["between"]["penalty"] for file in run_dir.glob("logs/*.memory.json")
     ]
     assert max(ranks) == plan["states"]["penalty"] > 0
+    assert state_bytes(run_dir / "fisher") == plan["disk_bytes"]["fisher"]
     penalties = [row["ewc_penalty"] for row in steps(run_dir)]
     assert penalties[0] == 0 and penalties[-1] > 1e-4
-    assert penalties == pytest.approx([row["ewc_penalty"] for row in steps(alone)], rel=1e-2)
-    assert [row["loss"] for row in steps(run_dir)] == pytest.approx([r["loss"] for r in steps(alone)], rel=1e-3)
+    assert penalties == pytest.approx([row["ewc_penalty"] for row in steps(alone)], rel=1e-2 * rough)
+    expected = [row["loss"] for row in steps(alone)]
+    assert [row["loss"] for row in steps(run_dir)] == pytest.approx(expected, rel=1e-3 * rough)
 
 
 def test_the_same_bits_after_a_stop(forks, penalised, on, tmp_path):

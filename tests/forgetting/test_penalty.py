@@ -169,7 +169,7 @@ def test_the_penalty_on_a_model_is_autograds(monkeypatch):
 
 
 def test_the_penalty_of_a_drift_is_autograds():
-    """λ/2·ΣF(s·B·A)² through autograd, against dB = s·(λF∘ΔW)Aᵀ and dA = s·Bᵀ(λF∘ΔW)."""
+    """λ/2·ΣF(s·(B·A − B₀·A₀))² through autograd, against dB = s·(λF∘ΔW)Aᵀ and dA = s·Bᵀ(λF∘ΔW)."""
     adapted = get_peft_model(small_llama(), LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
     trained = [p for p in adapted.parameters() if p.requires_grad]
     for p in trained:
@@ -179,7 +179,14 @@ def test_the_penalty_of_a_drift_is_autograds():
     form = ewc.Drift(adapted, held, Ranks(), torch.device("cpu"))
     form.fisher = [torch.rand_like(values) for values in form.fisher]
     layers = [module for module in adapted.modules() if hasattr(module, "base_layer")]
-    drifts = [3.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight for layer in layers]
+    merged = [3.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight for layer in layers]
+    before = [weight.detach() for weight in merged]
+    assert float(form.begin(STRENGTH)) == 0
+    with torch.no_grad():
+        for p in trained:
+            p += torch.randn_like(p)
+    merged = [3.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight for layer in layers]
+    drifts = [after - start for after, start in zip(merged, before, strict=True)]
     penalty = sum(STRENGTH / 2 * (f.view_as(d) * d.square()).sum() for f, d in zip(form.fisher, drifts, strict=True))
     expected = torch.autograd.grad(penalty, trained)
     assert form.begin(STRENGTH) == pytest.approx(float(penalty), rel=1e-4)
