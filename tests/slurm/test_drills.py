@@ -99,6 +99,21 @@ def test_zero3_requeued_by_the_controller(on_slurm, tracked, words, local, tmp_p
     assert ids == {rundir.read_json(run_dir / "plan.json")["id"]}
 
 
+def test_a_killed_rank(on_slurm, tracked, words, tmp_path):
+    """The job ends with that rank's words, not with those of the others that lose it."""
+    run_dir = tmp_path / "run"
+    job = submit(on_slurm, tracked, run_dir, *words, "engine=zero2", *NODES, "train.max_steps=5000")
+    trains(tracked, run_dir)
+    (rank,) = tracked.ranks(tracked.nodes[1])
+    os.kill(rank, signal.SIGKILL)
+    until(lambda: tracked.state(job) == "FAILED", say=lambda: tracked.log(run_dir))
+    last = tracked.log(run_dir).splitlines()[-1]
+    assert f"rank 1 on {tracked.nodes[1]}: killed by signal 9" in last
+    assert not events(run_dir, "requeue")
+    (now,) = json.loads(on_slurm(tracked, "status", run_dir, "--json").stdout)
+    assert now["state"] == "failed" and "killed by signal 9" in now["detail"]
+
+
 def test_a_killed_node(on_slurm, clusters, words, local, tmp_path):
     """A node without the batch process loses its power: another takes its place."""
     three = clusters(NODES=3)

@@ -8,6 +8,13 @@ from nodes import NODES, events, same, steps_done, until
 pytestmark = pytest.mark.xdist_group("slurm")
 
 
+COMMENT = 'a "b" $HOME `id` #x'
+
+
+def job_of(run_dir):
+    return json.loads((run_dir / "job.json").read_text())["job"]
+
+
 def state(on_slurm, cluster, run_dir):
     done = on_slurm(cluster, "status", run_dir, "--json")
     assert done.status == 0, done
@@ -20,7 +27,7 @@ def test_pre_empted_on_two_nodes(on_slurm, cluster, words, local, tmp_path):
     train = ("train", *words, "engine=zero2", *NODES, f"run_dir={run_dir}", "cluster.partition=low")
     submitted = on_slurm(cluster, *train)
     assert submitted.status == 0 and submitted.run_dir == run_dir, submitted
-    job = json.loads((run_dir / "job.json").read_text())["job"]
+    job = job_of(run_dir)
     assert f"job {job} is in the queue: 2 nodes" in submitted.stdout
     until(lambda: steps_done(run_dir) >= 5, say=lambda: cluster.log(run_dir))
     with cluster.held(cluster.nodes[1]):  # or it might be finished before the pre-emption
@@ -48,7 +55,9 @@ def test_stopped_by_its_user(on_slurm, cluster, words, tmp_path):
     run_dir, waiting = tmp_path / "run", tmp_path / "waiting"
     one = ("cluster=slurm", "cluster.processes=1", "cluster.memory=2G", "engine=single", "train.max_steps=5000")
     on_slurm(cluster, "train", *words, *one, f"run_dir={run_dir}")
-    later = on_slurm(cluster, "train", *words, *one, f"run_dir={waiting}", "cluster.sbatch.begin=now+1hour")
+    later = on_slurm(cluster, "train", *words, *one, f"run_dir={waiting}", "cluster.sbatch.begin=now+1hour",
+                     f"cluster.sbatch.comment='{COMMENT}'")  # fmt: skip
+    assert f"Comment={COMMENT} " in cluster.ask("scontrol", "show", "job", "--oneliner", job_of(waiting))
     assert state(on_slurm, cluster, waiting)["state"] == "queued", later
     assert "out of the queue" in on_slurm(cluster, "stop", waiting).stdout
     assert state(on_slurm, cluster, waiting)["state"] == "stopped"
