@@ -15,7 +15,7 @@ from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, USAGE, Failed, UserE
 
 HELP = """ftdist VERB …   distributed fine-tuning of language models that can be trusted
 
-  train [overrides]          plan, prepare, launch, train, evaluate; prints `run: DIR` last (-m: a sweep)
+  train [overrides]          plan, prepare, launch, train, evaluate; prints `run: DIR` last (-m, sweep=search: many)
   plan  [overrides] [--json] what would run: memory, time, disk, cost; needs no GPU (--fit: the fastest that fits,
                              --sizes 8,16,64: how it scales, hardware=h100: for other machines)
   data  [overrides] [--show N]  prepare the data alone; show N rows token by token with their mask
@@ -27,7 +27,7 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
   export RUN [export.key=value]  a plain Hugging Face directory, merged and checked against what was trained
   chat  RUN [chat.key=value] talk to base and tuned next to each other
-  report RUN… [--output FILE]  one self-contained page for a run, or one that compares several
+  report RUN… | SWEEP [--output FILE]  one self-contained page for a run, or one that compares several
   ls    [GROUP]              config groups, or the choices in one
   doctor [--shared DIR] [--json] [overrides]  what is wrong with this installation, machine, and cluster;
                              --calibrate: measures it for plans; --fault-drill [--kills N] [overrides]: a run
