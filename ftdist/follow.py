@@ -13,6 +13,7 @@ from typing import Any
 
 from ftdist import checkpoint, launcher, lease, rundir, slurm, stops
 from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, Failed, UserError
+from ftdist.tracking import duration
 
 JOB = "job.json"  # the run's job: {"job", "prepare"}
 STOP = "ftdist stop"  # the reason of such a stop
@@ -146,19 +147,12 @@ def table(states: Sequence[dict[str, Any]]) -> str:
         with contextlib.suppress(ValueError):
             path = path.relative_to(Path.cwd())
         step = "" if one["step"] is None else f"step {one['step']}" + (f"/{one['steps']}" if one["steps"] else "")
-        left = "" if one["seconds_left"] is None else f"{clock(one['seconds_left'])} left"
+        left = "" if one["seconds_left"] is None else f"{duration(one['seconds_left'])} left"
         job = f"job {one['job']}" if one["job"] else ""
         rows.append((str(path), one["state"], step, left, job, one["detail"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     keep = [i for i, width in enumerate(widths) if width]
     return "\n".join("  ".join(row[i].ljust(widths[i]) for i in keep).rstrip() for row in rows)
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def stop(run_dir: Path) -> str:
