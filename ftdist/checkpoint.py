@@ -86,6 +86,17 @@ def commit(draft: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     sync(final.parent)
 
 
+def amend(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """Another manifest for the same files, in one rename."""
+    partial = checkpoint / f".{MANIFEST}"
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({**manifest, "manifest_sha256": _checksum(manifest)}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(checkpoint / MANIFEST)
+    sync(checkpoint)
+
+
 def sync(directory: Path) -> None:
     """Have the names in a directory on the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -150,13 +161,13 @@ def remove_drafts(run_dir: Path) -> None:
         shutil.rmtree(child, ignore_errors=True)
 
 
-def surplus(losses: Mapping[int, float | None], keep_last: int, keep_best: int, keep_every: int | None) -> list[int]:
-    """Which of the committed steps (step → held-out loss there, if it was measured) may be removed, oldest first."""
-    newest = sorted(losses, reverse=True)[:keep_last]
-    measured = {step: loss for step, loss in losses.items() if loss is not None}
+def surplus(scores: Mapping[int, float | None], keep_last: int, keep_best: int, keep_every: int | None) -> list[int]:
+    """Which of the committed steps may be removed, oldest first. scores: the lower the better, None without one."""
+    newest = sorted(scores, reverse=True)[:keep_last]
+    measured = {step: score for step, score in scores.items() if score is not None}
     best = sorted(measured, key=lambda step: (measured[step], step))[:keep_best]
-    lasting = [step for step in losses if keep_every and step % keep_every == 0 and step > 0]
-    return sorted(set(losses).difference(newest, best, lasting))
+    lasting = [step for step in scores if keep_every and step % keep_every == 0 and step > 0]
+    return sorted(set(scores).difference(newest, best, lasting))
 
 
 def remove(run_dir: Path, step: int) -> None:

@@ -20,14 +20,18 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
                              --sizes 8,16,64: how it scales, hardware=h100: for other machines)
   data  [overrides] [--show N]  prepare the data alone; show N rows token by token with their mask
   resume RUN [overrides]     go on from the newest valid checkpoint, on more or fewer processes if wanted
+  status [RUN…] [--json]     queued, running with step and time left, pre-empted, stopped, done, failed and why
+  logs  RUN [--follow]       what a run says; --rank N: one rank's own log
+  stop  RUN…                 save and stop; take a waiting job out of the queue
   scan  [overrides]          signal-to-noise ratio of every weight matrix (Spectrum)
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
   export RUN [export.key=value]  a plain Hugging Face directory, merged and checked against what was trained
   chat  RUN [chat.key=value] talk to base and tuned next to each other
   report RUN… [--output FILE]  one self-contained page for a run, or one that compares several
   ls    [GROUP]              config groups, or the choices in one
-  doctor                     what this machine can do; --calibrate: measured, for plans; --fault-drill [--kills N]
-                             [overrides]: a run killed N times ends as an untouched one
+  doctor [--shared DIR] [--json] [overrides]  what is wrong with this installation, machine, and cluster;
+                             --calibrate: measures it for plans; --fault-drill [--kills N] [overrides]: a run
+                             killed N times ends as an untouched one
   completion bash            eval "$(ftdist completion bash)" completes verbs, groups, choices and keys
 
 Overrides are Hydra's: model.path=DIR data.path=FILE strategy=lora engine=zero3 train.learning_rate=1e-4
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ftdist {__version__}")
         return OK
     if words[0] in ("train", "resume"):
-        _private_and_stoppable()
+        private_and_stoppable()
     try:
         verb = VERBS.get(words[0])
         if verb is None:
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
 
 
-def _private_and_stoppable() -> None:
+def private_and_stoppable() -> None:
     """What a run writes is its owner's; a signal that asks for an end outside training ends it in order."""
     import signal
     import time
@@ -92,15 +96,29 @@ def _private_and_stoppable() -> None:
 
 
 def train(argv: list[str]) -> int:
-    """One run, or with -m one after another."""
+    """One run, several that follow one another, or with -m or sweep=search a sweep."""
     from ftdist import compose, stages
 
-    recipes = [stages.of("train", config, argv) for config in compose.compose("train", argv)]
-    for recipe in recipes:  # everything is checked before anything starts
+    made = compose.several("train", argv)
+    if made.several or made.sweep.get("name") == "search":
+        from ftdist.sweep import start
+
+        start.start(made, argv)
+        return OK
+    for config in made.configs:
+        recipe = stages.of("train", config, argv)
         stages.ready(recipe)
-    for recipe in recipes:
         try:
-            run_dir = stages.run(recipe)
+            if config["cluster"]["name"] == "slurm":
+                from ftdist import submit
+
+                run_dir = Path(config["run_dir"]).expanduser().absolute()
+                if status := submit.run(config, run_dir):
+                    return status
+                if config["cluster"]["test_only"]:
+                    continue
+            else:
+                run_dir = stages.run(recipe)
         except KeyboardInterrupt:
             begun = [stage["run_dir"] for stage in recipe if Path(stage["run_dir"], "config.yaml").is_file()]
             if begun:
@@ -112,15 +130,78 @@ def train(argv: list[str]) -> int:
 
 
 def resume(argv: list[str]) -> int:
-    """Go on with a run that was stopped or killed."""
+    """Go on with a run or a sweep that was stopped or killed."""
     from ftdist import resume
 
     if not argv or "=" in argv[0]:
         raise UserError("resume: which run? ftdist resume RUN [cluster.processes=4]")
     run_dir = Path(argv[0]).expanduser().absolute()
-    resume.from_words(run_dir, argv[1:])
-    print(f"run: {run_dir}")
+    if (run_dir / "sweep.yaml").is_file():
+        from ftdist.sweep import start
+
+        start.go_on(run_dir, argv[1:])
+        return OK
+    status = resume.from_words(run_dir, argv[1:])
+    if status == OK:
+        print(f"run: {run_dir}")
+    return status
+
+
+def status(argv: list[str]) -> int:
+    """What runs are doing, a line each; without names all below runs/ and sweeps/."""
+    from ftdist import follow
+
+    as_json = "--json" in argv
+    argv = [word for word in argv if word != "--json"]
+    runs = [run for named in _runs("status", argv) for run in _members(named)] if argv else follow.default_runs()
+    states = follow.status(runs)
+    print(json.dumps(states, indent=2) if as_json else follow.table(states))
     return OK
+
+
+def logs(argv: list[str]) -> int:
+    """What a run says; with --follow until it ends, with the run's exit status."""
+    from ftdist import follow
+
+    wanted = "--follow" in argv
+    argv, rank = _option([word for word in argv if word != "--follow"], "--rank")
+    if rank is not None and not rank.isdigit():
+        raise UserError(f"--rank={rank}: which rank? --rank 1")
+    if len(argv) != 1:
+        raise UserError("logs: which run? ftdist logs RUN [--follow] [--rank N]")
+    return follow.logs(_runs("logs", argv)[0], wanted, None if rank is None else int(rank))
+
+
+def stop(argv: list[str]) -> int:
+    """Ask runs to save and stop; take those that wait out of the queue."""
+    from ftdist import follow
+
+    for run_dir in _runs("stop", argv):
+        if (run_dir / "sweep.yaml").is_file():
+            from ftdist.sweep import start
+
+            print(f"{run_dir}: {start.stop(run_dir)}")
+        else:
+            print(f"{run_dir}: {follow.stop(run_dir)}")
+    return OK
+
+
+def _members(named: Path) -> list[Path]:
+    """The runs that a sweep has by now; of anything else itself."""
+    if not (named / "sweep.yaml").is_file():
+        return [named]
+    from ftdist.sweep import directory
+
+    return [run for member in directory.members(named) if (run := named / member.name).is_dir()]
+
+
+def _runs(verb: str, argv: list[str]) -> list[Path]:
+    if not argv:
+        raise UserError(f"{verb}: which run? ftdist {verb} RUN")
+    for word in argv:
+        if word.startswith("-") or not Path(word).expanduser().is_dir():
+            raise UserError(f"{word}: no such run directory; ftdist {verb} RUN")
+    return [Path(word).expanduser().absolute() for word in argv]
 
 
 def plan(argv: list[str]) -> int:
@@ -215,9 +296,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def doctor(argv: list[str]) -> int:
-    """What this machine can do; or the fault drill, or measuring it for plans."""
-    from ftdist import doctor
-
+    """What is wrong with this installation and machine; or the fault drill, or measuring it for plans."""
     if argv == ["--calibrate"]:
         from ftdist import calibrate
 
@@ -229,16 +308,24 @@ def doctor(argv: list[str]) -> int:
         for name, value in (("--kills", kills), ("--seed", seed)):
             if value is not None and not value.isdigit():
                 raise UserError(f"{name}={value}: should be a whole number")
+        from ftdist import doctor
+
         words = [word for word in argv if word != "--fault-drill"]
         doctor.fault_drill(words, int(kills or 5), int(seed or 0))
         return OK
-    if argv or kills or seed:
+    as_json = "--json" in argv
+    argv, shared = _option([word for word in argv if word != "--json"], "--shared", "which directory? --shared DIR")
+    if kills or seed or any("=" not in word for word in argv):
         raise UserError(
-            f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--calibrate | --fault-drill [--kills N]]"
+            f"doctor {' '.join(argv)}: no such argument; ftdist doctor [--shared DIR] [--json] [overrides] | "
+            "--calibrate | --fault-drill [--kills N]"
         )
-    for subject, found in doctor.findings():
-        print(f"{subject:<14}{found}")
-    return OK
+    from ftdist import checkup
+
+    found = list(checkup.findings(Path(shared).expanduser().absolute() if shared else None))
+    found += [checkup.cluster(argv)] if argv else []
+    print(checkup.text(found, as_json))
+    return FAILED if any(finding.level == checkup.WRONG for finding in found) else OK
 
 
 def export(argv: list[str]) -> int:
@@ -340,6 +427,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan,
     "data": data,
     "resume": resume,
+    "status": status,
+    "logs": logs,
+    "stop": stop,
     "scan": scan,
     "eval": evaluate,
     "doctor": doctor,

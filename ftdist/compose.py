@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,32 +17,53 @@ from ftdist import schema, trainkeys
 from ftdist.errors import UserError
 
 # Mappings that take keys which their YAML does not show; the names under `train` are known.
-OPEN = r"(?:train\.(\w+)(?:\.\w+)*|engine\.zero\.\w+|data\.(?:columns|template_keywords)(?:\.\w+)?)="
+OPEN = (r"(?:train\.(\w+)(?:\.\w+)*|engine\.zero\.\w+|cluster\.(?:sbatch|environment)\.\w+|"
+        r"data\.(?:columns|template_keywords)(?:\.\w+)?)=")  # fmt: skip
 HYDRAS = r"hydra\.(sweeper\.\w+|searchpath)="  # keys of Hydra itself that do something here
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What a command line makes. words: each member's own overrides, those that make it differ from the others."""
+
+    sweep: dict[str, Any]  # the group `sweep`
+    sweep_dir: str | None
+    several: bool  # `-m` was given
+    configs: list[dict[str, Any]]
+    words: list[list[str]]
 
 
 def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
     """The configurations that `argv` (Hydra overrides and flags) make: one, several with `-m`, none with `--cfg`.
 
-    With `-m` the runs are numbered inside `run_dir`. UserError says in one line what the user got wrong.
+    With `-m` the runs are named inside `sweep_dir`. UserError says in one line what the user got wrong.
     """
+    made = several(verb, argv)
+    if verb == "train" and made.sweep.get("name") == "search":
+        raise UserError("sweep=search: one run is wanted here; `ftdist train` searches")
+    return made.configs
+
+
+def several(verb: str, argv: list[str]) -> Composed:
+    """The same with what is a sweep's own."""
     import hydra
     from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    composed: list[tuple[Any, str | None]] = []
+    from ftdist.sweep import directory, keys
+
+    composed: list[tuple[Any, list[str] | None]] = []
 
     def keep(cfg: Any) -> None:
         job = HydraConfig.get()
         sweep = job.mode is not None and job.mode.name == "MULTIRUN"
-        composed.append((cfg, str(job.sweep.subdir) if sweep else None))
+        composed.append((cfg, list(job.overrides.task) if sweep else None))
 
     words = [*_plugin_path(), *_rewritten(argv)]
     scratch = tempfile.TemporaryDirectory()  # for Hydra's own record of a sweep, which nothing reads
     before = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's own printing
-    sweep_dir = f"sweeps/{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"
     configs: list[dict[str, Any]] = []
     parser = get_args_parser()
     parser.error = _refuse_flag  # type: ignore[method-assign]  # its own prints a page and exits
@@ -52,11 +73,9 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
             words.remove(word)
         sys.argv = [f"ftdist {verb}", *words, *overrides, f"hydra.sweep.dir={scratch.name}"]  # Hydra wants flags first
         hydra.main(version_base="1.3", config_path="pkg://ftdist.conf", config_name="config")(keep)()
-        for cfg, member in composed:
+        for cfg, _ in composed:
             config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             config.pop("experiment", None)
-            if member is not None:
-                config["run_dir"] = str(Path(config["run_dir"] or sweep_dir) / member)
             configs.append(config)
     except Exception as failure:
         if not _raised_by_hydra(failure):
@@ -65,7 +84,26 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
     finally:
         sys.argv = before
         scratch.cleanup()
-    return configs
+    many = any(own is not None for _, own in composed)
+    own = directory.own_words([own or [] for _, own in composed])
+    settings = [(config.pop("sweep"), config.pop("sweep_dir")) for config in configs]
+    for sweep, folder in settings:
+        keys.check(sweep)
+        if (sweep, folder) != settings[0]:
+            raise UserError("sweep: its keys have one value for all members, and take no list with -m")
+    if not configs:
+        return Composed({}, None, many, [], [])
+    if not many and settings[0][0]["name"] == "grid":
+        for word in argv:
+            if re.match(r"\+*sweep(\.|_dir=)", word):
+                raise UserError(f"{word}: only a sweep reads this; add -m, or sweep=search")
+    if many:
+        folder = Path(settings[0][1] or directory.fresh_name(configs[0]["model"]["path"]))
+        for config, name in zip(configs, directory.names(own), strict=True):
+            if config["run_dir"] is not None:
+                raise UserError(f"run_dir={config['run_dir']}: the folder of a sweep's runs is sweep_dir=DIR")
+            config["run_dir"] = str(folder / name)
+    return Composed(*settings[0], many, configs, own)
 
 
 def group(verb: str, name: str, argv: list[str], frozen: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +180,7 @@ def _rewritten(argv: list[str]) -> Iterator[str]:
         if word.startswith("~"):
             raise UserError(f"{word}: keys are set, not taken away; give {word[1:]} another value or choice")
         if re.match(r"\+*hydra\.", word) and not re.match(HYDRAS, word.lstrip("+")):
-            raise UserError(f"{word}: not read here; use run_dir=… (with -m the folder of the runs)")
+            raise UserError(f"{word}: not read here; use run_dir=… (with -m sweep_dir=…)")
         match = re.match(OPEN, word)
         if match and match[1]:
             trainkeys.check_name(match[1])

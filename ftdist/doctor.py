@@ -1,8 +1,7 @@
-"""What this machine can do, and a proof on it that a run survives being killed."""
+"""A proof on this machine that a run survives being killed."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import os
@@ -13,38 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ftdist import checkpoint, launcher, rundir
+from ftdist import checkpoint
 from ftdist.errors import OK, Failed
 
 DRILL = ("train.max_steps=40", "checkpoint.every_steps=5", "checkpoint.keep_last=2", "eval.samples=0",
          "train.logging_steps=1", "tracking=none", "cluster.oversubscribe=true")  # fmt: skip
 MEASURED = ("tokens_per_second", "memory_gib")  # on the machine: all other numbers of a run must be the same
-
-
-def findings() -> Iterator[tuple[str, str]]:
-    """(subject, what was found), a line each; nothing heavy is imported."""
-    yield "python", sys.version.split()[0]
-    for package in rundir.PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            yield package, f"MISSING: pip install {package}"
-    count, kind = launcher.devices()
-    gpu = launcher.gpu()
-    memory = f", {gpu[0] / 2**30:.0f} GiB, compute capability {gpu[1]}" if gpu else ""
-    yield "devices", f"{count} {kind}s{memory}"
-    compiler = shutil.which("g++") and shutil.which("ninja")
-    yield "compiler", "g++ and ninja" if compiler else "MISSING: DeepSpeed's own operators need g++ and ninja"
-    libaio = Path("/usr/include/libaio.h").exists()
-    yield "libaio", "there" if libaio else "missing: engine=zero3_nvme needs it (apt-get install libaio-dev)"
-    yield "slurm", shutil.which("sbatch") or "no sbatch here"
-    cache = rundir.cache_root()
-    above = next(p for p in (cache, *cache.parents) if p.exists())
-    yield "cache", f"{cache}, {shutil.disk_usage(above).free / 2**30:.0f} GiB free"
 
 
 def fault_drill(words: list[str], kills: int, seed: int) -> None:

@@ -14,10 +14,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from ftdist import launcher, rundir, start
+from ftdist import forgetting, launcher, rundir, slurm, start
 from ftdist.errors import UserError
 from ftdist.plan.activations import family
-from ftdist.plan.hardware import Hardware, hardware
+from ftdist.plan.hardware import Hardware, elsewhere, hardware
 from ftdist.plan.memory import Case, Memory, disk_bytes, need, standing, zero_sizes
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.plan.speed import duration, step
@@ -35,8 +35,21 @@ Planner = Callable[[dict[str, Any]], Plan]
 
 def target(config: dict[str, Any], world: int) -> Hardware:
     """The devices that this configuration is planned for."""
-    here = config["cluster"]["nodes"] == 1 and config["hardware"]["name"] in ("auto", "cpu")
-    return hardware(**config["hardware"], here=here, world=world, cores=launcher.cores(), ask=launcher.gpu_facts)
+    cluster, values, cores = config["cluster"], config["hardware"], launcher.cores()
+    here = cluster["nodes"] == 1 and values["name"] in ("auto", "cpu") and cluster["name"] != "slurm"
+    if cluster["name"] == "slurm":
+        values, cores = _in_queue(values, cluster), cluster["cpus"] or cluster["processes"]
+    return hardware(**values, here=here, world=world, cores=cores, ask=launcher.gpu_facts)
+
+
+def _in_queue(values: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:
+    """The hardware that SLURM will give; its memory limit is the host's."""
+    if values["name"] == "auto":
+        kind = cluster["gpu_type"] or slurm.partition_gpus(cluster["partition"])[1] or "" if cluster["gpus"] else None
+        values = elsewhere(values, kind)
+    limit = slurm.memory_bytes(cluster["memory"])
+    values = {**values, "host_memory": values["host_memory"] or limit}
+    return {**values, "memory": values["memory"] or limit} if values["name"] == "cpu" else values
 
 
 def context() -> tuple[str, ...]:
@@ -108,6 +121,7 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         background=config["checkpoint"]["background"],
         experts=_experts(shapes),
         stored=shapes.dtype if shapes.dtype in WIDTH else facts["loaded"],
+        penalty=forgetting.planned(config["forgetting"], peft is not None),
         each=dpo,
         reference=facts.get("reference", "none"),
         reference_bytes=_reference_bytes(config, held, facts, double) if dpo else 0,
@@ -149,7 +163,7 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
             case,
             memory.states,
             None if steps is None else steps * facts["tokens_per_step"],
-            _kept(config["checkpoint"], steps),
+            _kept(config["checkpoint"], config["stopping"]["restore_best"], steps),
         ),
         "tokens_per_second": speed.tokens_per_second,
         "seconds_per_step": speed.seconds,
@@ -177,10 +191,20 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
     return made
 
 
-def _kept(keys: dict[str, Any], steps: int | None) -> int:
+def evaluations(train: dict[str, Any], steps: int, steps_per_epoch: int | None) -> int:
+    """How often the held-out rows are read while `steps` steps are trained."""
+    if train["eval_strategy"] == "no":
+        return 0
+    if train["eval_strategy"] == "epoch":
+        return math.ceil(steps / (steps_per_epoch or steps))
+    every = train.get("eval_steps") or train["logging_steps"]
+    return int(steps // (every if every >= 1 else max(math.ceil(every * steps), 1)))
+
+
+def _kept(keys: dict[str, Any], restores_best: bool, steps: int | None) -> int:
     """Checkpoints that `checkpoint:` keeps; those of `keep_every` as far as the number of steps is known."""
     lasting = (steps or 0) // keys["keep_every"] if keys["keep_every"] else 0
-    return int(keys["keep_last"] + keys["keep_best"] + lasting)
+    return int(keys["keep_last"] + max(keys["keep_best"], restores_best) + lasting)
 
 
 def _written(keys: dict[str, Any], steps: int, took: float) -> int:
@@ -234,7 +258,7 @@ def refuse_without_disk(plan: Plan, run_dir: str, free: int, must_fit: bool) -> 
     free: bytes, where the run directory will be.
     """
     disk, one = plan["disk_bytes"], plan["checkpoint_bytes"]
-    least = disk["final"] + one
+    least = disk["final"] + one + disk["fisher"]
     most = least + disk["checkpoints"]
     if free >= most:
         return
@@ -465,8 +489,8 @@ def largest_percent(config: dict[str, Any], plan: Planner, others: dict[str, Any
     return low or None
 
 
-def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], Plan] | None:
-    """The fastest configuration that fits on the same devices with the same global batch, or None.
+def fit(config: dict[str, Any], plan: Planner, world: int) -> dict[str, Any] | None:
+    """What changes `config` to the fastest that fits on the same devices with the same global batch, or None.
 
     Tried: every engine that shards, micro-batches that divide the rows of a rank, with and without recomputation; if
     none fits, optimizer states in 8 bit, then in the host's memory.
@@ -480,7 +504,7 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], P
         rounds.append((plain, {"train.optim": "adamw_8bit"}))
     rounds.append((["zero3_offload"], {}))
     for engines, extra in rounds:
-        best: tuple[float, dict[str, Any], Plan] | None = None
+        best: tuple[float, dict[str, Any]] | None = None
         for name in engines:
             for recompute in (False, True):
                 for size in sizes:
@@ -495,10 +519,10 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> tuple[list[str], P
                     if made is None or not _surely(made):
                         continue
                     if best is None or made["tokens_per_second"] > best[0]:
-                        best = made["tokens_per_second"], changes, made
+                        best = made["tokens_per_second"], changes
                     break  # smaller micro-batches of the same engine are not faster
         if best:
-            return words(best[1]), best[2]
+            return best[1]
     return None
 
 

@@ -40,6 +40,7 @@ class Health:
     def __init__(
         self,
         run_dir: Path,
+        token: int,
         main: bool,
         *,
         nonfinite: str,
@@ -48,7 +49,7 @@ class Health:
         no_tokens: str,
         first_loss: str,
     ) -> None:
-        self.run_dir, self.main = run_dir, main
+        self.run_dir, self.token, self.main = run_dir, token, main
         self.losses: Callable[[], list[float]] = list  # gathers every rank's share of the step's loss, for the record
         self.nonfinite, self.spike, self.spike_factor = nonfinite, spike, spike_factor
         self.no_tokens, self.first_loss = no_tokens, first_loss
@@ -120,11 +121,11 @@ class Health:
             raise Failed(f"step {step}: {text} (health.{kind}=stop)", FENCED)
         if action == "roll_back":
             if self.main:
-                leave_out(self.run_dir, step)
+                leave_out(self.run_dir, self.token, step)
             raise Failed(f"step {step}: {text}; back to the last checkpoint, to leave this step out", STOPPED)
         return action in ("warn", "ignore")
 
     def _say(self, step: int, kind: str, text: str, **facts: Any) -> None:
         if self.main:
-            record(self.run_dir, f"health-{kind}", step, text=text, **facts)
+            record(self.run_dir, self.token, f"health-{kind}", step, text=text, **facts)
             print(f"warning: step {step}: {text}", flush=True)

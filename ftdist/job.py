@@ -6,6 +6,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,9 @@ from ftdist import (
     chat,
     checkpoint,
     forecast,
+    forgetting,
     health,
+    judge,
     launcher,
     lease,
     models,
@@ -24,6 +27,7 @@ from ftdist import (
     report,
     rundir,
     schema,
+    slurm,
     start,
     stops,
     tracking,
@@ -40,8 +44,8 @@ from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.spectrum import reader
 from ftdist.strategies import Base, Recipe, find, preparation
 
-GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "health", "eval",
-          "export", "chat", "tracking")  # fmt: skip
+GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "stopping",
+          "health", "forgetting", "eval", "export", "chat", "tracking")  # fmt: skip
 ROLL_BACKS = 3  # from one checkpoint, before it is given up
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
@@ -82,33 +86,70 @@ def check(config: dict[str, Any]) -> None:
     """Every key of every group against what reads it; UserError names the first that nothing would read."""
     schema.check("", {k: v for k, v in config.items() if k not in GROUPS}, _top)
     trainkeys.check({k: v for k, v in config["train"].items() if not (k in AUTOMATIC and v is None)})
-    schema.check("model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype"))
+    schema.check(
+        "model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype", "overrides")
+    )
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
     schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
     if config["task"]["name"] == "dpo":
-        align.check(config["task"], config["train"])
+        align.check(config["task"], config["train"], config["model"])
+        if config["data"]["replay"] is not None:
+            raise UserError(f"data.replay={config['data']['replay']}: task=dpo learns from pairs, replayed rows are "
+                            "none; leave it out, or replay in the task=sft run before it")  # fmt: skip
     schema.check("checkpoint", config["checkpoint"], checkpoint.settings)
     schema.check("health", config["health"], health.settings)
+    schema.check("stopping", config["stopping"], judge.settings)
+    schema.check("forgetting", config["forgetting"], forgetting.function(config["forgetting"].get("name")))
     stops.Limit(config["train_until"])
     evaluation.check(config["eval"])
     schema.check("export", config["export"], export)
     schema.check("chat", config["chat"], chat.settings)
-    schema.check("cluster", config["cluster"], launcher.processes, context=("here",))
+    check_cluster(config["cluster"])
     schema.check("hardware", config["hardware"], hardware, context=forecast.context())
     engine = launcher.engine_function(config["engine"].get("name"))
     schema.check("engine", config["engine"], engine)
     engine(**config["engine"])  # looks at the keys for DeepSpeed
     schema.check("tracking", config["tracking"], tracking.function(config["tracking"].get("name")))
+    judge.check(
+        config["stopping"],
+        eval_strategy=config["train"]["eval_strategy"],
+        schedule=config["train"]["lr_scheduler_type"],
+        retention=bool(config["eval"]["retention"]),
+        saves=config["engine"]["name"] != "zero3_nvme",
+        answers=evaluation.recorded(config["eval"]),
+    )
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
     schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
+
+
+def check_cluster(cluster: dict[str, Any]) -> None:
+    """Every key of `cluster`; those of SLURM only where it is chosen."""
+    queue = (slurm.options, slurm.setup, slurm.in_task, slurm.in_job, slurm.submission, slurm.array)
+    more = queue if cluster.get("name") == "slurm" else ()
+    schema.check("cluster", cluster, launcher.processes, *more, context=("here",))
+
+
+def per_node(cluster: dict[str, Any], here: bool) -> int:
+    """Processes on each node. here: they are to start on this machine, if `cluster` is one machine."""
+    keys = schema.pick(launcher.processes, cluster)
+    return launcher.processes(**keys, here=here and cluster["name"] != "slurm")
 
 
 DATA_CONTEXT = ("tokenizer_path", "revision", "trust_remote_code", "max_length", "packing", "task", "seed",
                 "cache_dir")  # fmt: skip
 
 
-def model_keys(*, path: str, architecture: dict[str, Any] | None, adapter: Literal["merge", "continue"]) -> None:
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+def model_keys(
+    *,
+    path: str,
+    architecture: dict[str, Any] | None,
+    adapter: Literal["merge", "continue"],
+    dropout: Dropout | dict[str, Dropout] | None,
+) -> None:
     """The keys of `model` that the plan reads; adapter: what becomes of the one that a run in `path` left."""
 
 
@@ -118,12 +159,13 @@ def plan(
     examples: int | None = None,
     measured: bool = False,
     shapes: Shapes | None = None,
+    held_out_tokens: int = 0,
 ) -> Plan:
     """What would run, with the arithmetic. Loads no torch, no weights, no data; `config` was completed by `decide`.
 
     rows: of the prepared training split, packed ones where packing is on; examples: before packing;
     measured: the strategy has prepared what it needs; shapes: of the model, if they are known already (then nothing is
-    asked that was asked before).
+    asked that was asked before); held_out_tokens: what an evaluation while training reads.
     """
     from ftdist.plan import examples as look
     from ftdist.plan.advice import advice
@@ -146,8 +188,9 @@ def plan(
     if examples is None and asked:
         examples = look.count(config["data"]["path"])
     train, engine = config["train"], config["engine"]["name"]
-    count = launcher.processes(**config["cluster"], here=False)
+    count = per_node(config["cluster"], here=False)
     available, kind = launcher.devices()
+    local, run_dir = config["cluster"]["name"] != "slurm", Path(config["run_dir"])
     devices = forecast.target(config, count * config["cluster"]["nodes"])
     shapes = shapes or shapes_of(config["model"])
     total = shapes.total
@@ -183,11 +226,16 @@ def plan(
         max_length=train["max_length"],
         packing=train["packing"],
     )
+    forgets = config["forgetting"]["name"] != "none"
+    if forgetting.is_on(config["forgetting"]):
+        forgetting.refuse(config["forgetting"], config["task"]["name"], engine, recipe.peft, look=not measured)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if rows is None and asked:
         held_out = 0.0 if config["data"]["validation"] else config["data"]["validation_share"]
         guess = look.estimated(config["data"]["path"], examples, train["max_length"], train["packing"], held_out)
+        if guess is not None and config["data"]["replay_share"] is not None:
+            guess = max(round(guess / (1 - config["data"]["replay_share"])), 1)
     batch = batch_arithmetic(
         per_device_train_batch_size=train["per_device_train_batch_size"],
         gradient_accumulation_steps=train["gradient_accumulation_steps"],
@@ -215,12 +263,19 @@ def plan(
         "precision": dtype,
         "processes": count,
         "nodes": config["cluster"]["nodes"],
-        "devices": f"{kind}s, {available} here" if config["hardware"]["name"] == "auto" else devices.name,
+        "devices": f"{kind}s, {available} here" if config["hardware"]["name"] == "auto" and local else devices.name,
         "sequences_per_step": batch.sequences_per_step,
         "tokens_per_step": batch.tokens_per_step,
         "arithmetic": batch.arithmetic,
-        "files": FILES | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {}),
-        "command": [launcher.command(Path(config["run_dir"]))],
+        "files": FILES
+        | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {})
+        | (
+            {"fisher/": "which weights general data need, and where they were"}
+            if forgetting.is_on(config["forgetting"])
+            else {}
+        ),
+        "command": [launcher.command(run_dir) if local else ["sbatch", str(run_dir / slurm.SCRIPT)]],
+        **({"forgetting": forgetting.said(config["forgetting"], recipe.peft is not None)} if forgets else {}),
         "advice": advice(
             strategy=config["strategy"]["name"],
             examples=examples,
@@ -246,6 +301,12 @@ def plan(
         made["total_steps"] = batch.total_steps
         made["steps_are_a_guess"] = guess is not None and train["max_steps"] <= 0
     made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps)
+    if config["model"]["dropout"]:
+        made["notes"].append("model.dropout: what its masks take is not counted")
+    if batch.total_steps is not None and held_out_tokens:
+        made["evaluations"] = forecast.evaluations(train, batch.total_steps, batch.steps_per_epoch)
+        # a forward pass, of the three that training a token costs
+        made["evaluation_seconds"] = made["evaluations"] * held_out_tokens / made["tokens_per_second"] / 3
     if asked and config["strategy"].get("top_percent") and recipe.trainable is not None and made["fits"] is not None:
         made["largest_top_percent"] = forecast.largest_percent(config, _planner(shapes, rows, measured), {})
     if asked and made["fits"] is False:
@@ -263,52 +324,70 @@ def _planner(
 
 def fitted(config: dict[str, Any]) -> dict[str, Any]:
     """The plan of the fastest configuration that fits with the same global batch, and its `overrides`."""
-    world = launcher.processes(**config["cluster"], here=False) * config["cluster"]["nodes"]
+    world = per_node(config["cluster"], here=False) * config["cluster"]["nodes"]
     found = forecast.fit(config, _planner(shapes_of(config["model"])), world)
     if found is None:
         raise UserError(f"--fit: nothing fits {world} of hardware={config['hardware']['name']} with this strategy and "
                         "global batch; ftdist plan without --fit lists what would")  # fmt: skip
-    overrides, made = found
-    return {**made, "overrides": overrides}
+    return {**plan(forecast.changed(config, found)), "overrides": forecast.words(found)}
 
 
 def scaling(config: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
     """How the run scales over numbers of devices."""
-    world = launcher.processes(**config["cluster"], here=False) * config["cluster"]["nodes"]
+    world = per_node(config["cluster"], here=False) * config["cluster"]["nodes"]
     return forecast.sizes(config, _planner(shapes_of(config["model"])), world, sizes)
 
 
 def decide(config: dict[str, Any]) -> None:
     """Check every key, then fill what was left to the program: precision, recomputation, the run directory's name."""
     check(config)
+    if config["cluster"]["name"] == "slurm":
+        settle(config["cluster"], config["hardware"]["name"])
     start.check(config["model"], config["strategy"])
     train = config["train"]
     devices = forecast.target(config, 1)
     if train["bf16"] is None:
         has_bf16 = devices.capability >= BF16_CAPABILITY if devices.capability else _cpu_has_bf16()
         train["bf16"] = not train.get("fp16") and has_bf16
+    if config["model"]["dropout"] is not None:
+        models.dropouts(shapes_of(config["model"]).config, config["model"]["dropout"])
     if train["gradient_checkpointing"] is None:
         train["gradient_checkpointing"] = devices.gpu and shapes_of(config["model"]).total > RECOMPUTE_ABOVE
     if config["run_dir"] is None:
         config["run_dir"] = rundir.fresh_name(config["model"]["path"], config["strategy"]["name"])
 
 
-def ready(config: dict[str, Any]) -> None:
-    """Refuse, before anything is made, what is wrong or cannot work on this machine."""
+def settle(cluster: dict[str, Any], hardware_name: str) -> None:
+    """Numbers in place of `auto` for a job of SLURM."""
+    keys = schema.pick(slurm.resolved, cluster)
+    cluster |= slurm.resolved(**keys, cpu=hardware_name == "cpu", known=hardware_name != "auto")
+
+
+def ready(config: dict[str, Any], known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Refuse, before anything is made, what is wrong or cannot work on this machine; the plan.
+
+    known: the plan of another member of a sweep, which is this one's too.
+    """
     if config["resume"] == "auto" and config["run_dir"] is None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     decide(config)
-    launcher.processes(**config["cluster"], here=True)
+    per_node(config["cluster"], here=True)
     shapes_of(config["model"], need_weights=True)
     kind = launcher.devices()[1]
-    if config["hardware"]["name"] != "auto" and forecast.target(config, 1).gpu != (kind == "GPU"):
+    if (
+        config["cluster"]["name"] != "slurm"
+        and config["hardware"]["name"] != "auto"
+        and forecast.target(config, 1).gpu != (kind == "GPU")
+    ):
         raise UserError(
             f"hardware={config['hardware']['name']}: this machine has {kind}s; leave it out (ftdist plan takes it)"
         )
-    made = dict(plan(config))
-    forecast.refuse_what_cannot_fit(made, config["must_fit"])
+    made = known or dict(plan(config))
+    if known is None:
+        forecast.refuse_what_cannot_fit(made, config["must_fit"])
     place = next(folder for folder in Path(config["run_dir"]).absolute().parents if folder.is_dir())
     forecast.refuse_without_disk(made, config["run_dir"], shutil.disk_usage(place).free, config["must_fit"])
+    return made
 
 
 def run(config: dict[str, Any], run_dir: Path) -> None:
@@ -321,15 +400,22 @@ def run(config: dict[str, Any], run_dir: Path) -> None:
         lease.release(run_dir, token)
 
 
-def launch(run_dir: Path, token: int) -> None:
-    """Start a frozen run or go on with it, again after failures if that is wanted, and evaluate what came out."""
+def launch(
+    run_dir: Path, token: int, start: Callable[[], None] | None = None, end: Callable[[], None] | None = None
+) -> None:
+    """Start a frozen run or go on with it, again after failures if that is wanted, and evaluate what came out.
+
+    start: starts the ranks and waits for them, as launcher.run does it on this machine; end: what `finish` does.
+    """
     config = rundir.read_config(run_dir)
-    count = launcher.processes(**config["cluster"], here=True)
+    count = per_node(config["cluster"], here=start is None)
     rundir.write_yaml(
         run_dir / "accelerate.yaml",
         launcher.accelerate_file(config["engine"]["name"], count, run_dir / "deepspeed.json"),
     )
-    world = f"{count} process" + ("es" if count > 1 else "")
+    start = start or partial(launcher.run, run_dir, count, token, config["health"]["grace_seconds"])
+    nodes = config["cluster"]["nodes"]
+    world = f"{count} process" + ("es" if count > 1 else "") + (f" on each of {nodes} nodes" if nodes > 1 else "")
     print(f"starting {world} ({config['engine']['name']}) in {run_dir}", flush=True)
     if config["engine"]["name"] == "zero3_nvme":
         print("engine=zero3_nvme: no checkpoints; a run that is stopped begins again", flush=True)
@@ -337,7 +423,7 @@ def launch(run_dir: Path, token: int) -> None:
     while True:
         before = _progress(run_dir)
         try:
-            launcher.run(run_dir, count, token, keys["grace_seconds"])
+            start()
             break
         except Failed as failure:
             if rundir.left_out(run_dir) != before[1]:  # a roll-back: the last checkpoint, without that step
@@ -347,15 +433,15 @@ def launch(run_dir: Path, token: int) -> None:
             else:
                 asked, stuck = (run_dir / stops.REQUEST).exists(), _progress(run_dir) == before
                 if failure.status == FAILED and (stuck or asked or restarts >= keys["max_restarts"]):
-                    rundir.record(run_dir, "failed", None, reason=str(failure))
+                    rundir.record(run_dir, token, "failed", None, reason=str(failure))
                 if failure.status != FAILED or asked or restarts >= keys["max_restarts"]:
                     raise
                 if stuck:
                     raise Failed(f"{failure}; not started again: no checkpoint since the last start", FENCED)
                 restarts += 1
-            rundir.record(run_dir, "restart", None, reason=str(failure))
+            rundir.record(run_dir, token, "restart", None, reason=str(failure))
             print(f"{failure}\nstarting again", flush=True)
-    finish(run_dir)
+    (end or partial(finish, run_dir))()
 
 
 def _progress(run_dir: Path) -> tuple[list[int], list[int]]:
@@ -371,7 +457,9 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
     other = other_reference(config)
+    weights = bases.fingerprint(model["path"])
     prepared = prepared_data(config, run_dir=run_dir)
+    general = general_data(config, forgetting.identity(weights["files"]))
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
@@ -384,27 +472,42 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         if config["eval"]["during"]:
             raise UserError("eval.during: no row is held out; set data.validation_share or data.validation")
         config["train"]["eval_strategy"] = "no"
+        check({**config, "run_dir": str(run_dir)})  # what needs an evaluation cannot be
         print("no row is held out: no held-out loss", flush=True)
-    made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
+    retention = evaluation.retention_data(config)
+    evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
+    made = plan(
+        config,
+        rows=report["train_rows"],
+        examples=report["train"],
+        measured=True,
+        held_out_tokens=report["validation_tokens"] + evaluation.tokens_while_training(config, retention),
+    )
     print(
-        f"data: {report['train']:,} rows to train on, {report['validation']:,} held out; {made['arithmetic'][-1]}",
+        f"data: {report['train']:,} rows to train on{_general(report)}, {report['validation']:,} held out; "
+        f"{made['arithmetic'][-1]}",
         flush=True,
     )
     rundir.write_json(run_dir / "data_report.json", report)
-    fingerprint = bases.fingerprint(model["path"])
-    rundir.write_json(run_dir / bases.FILE, fingerprint)
+    rundir.write_json(run_dir / bases.FILE, weights)
     rundir.write_json(run_dir / "env.json", rundir.environment())
     if "reference" in made:
         # the base's files and its adapter are what training starts from, and with it the reference, unless it is other
         adapter = start.adapter(run_dir)
-        weights = [fingerprint["files"], reader.digest(adapter / start.WEIGHTS) if adapter else None, other]
+        begins = [weights["files"], reader.digest(adapter / start.WEIGHTS) if adapter else None, other]
         quantization = recipe_of(config, shapes_of(model), measured=True).quantization
         computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
-        made["reference_key"] = align.key(weights, prepared.name, computed)
-    rundir.write_json(run_dir / "plan.json", {**made, "prepared": str(prepared), "id": uuid.uuid4().hex[:12]})
+        made["reference_key"] = align.key(begins, prepared.name, computed)
+    frozen = {"prepared": str(prepared), "retention": retention, "fisher_data": general, "id": uuid.uuid4().hex[:12]}
+    rundir.write_json(run_dir / "plan.json", {**made, **frozen})
     write_engine(config, run_dir)
     rundir.write_yaml(run_dir / "config.yaml", config)
     page.write(run_dir)
+
+
+def _general(report: dict[str, Any]) -> str:
+    replay = report.get("replay")
+    return f" ({replay['rows']:,} of them general, {replay['share']:.2%} of the tokens)" if replay else ""
 
 
 def write_engine(config: dict[str, Any], run_dir: Path) -> None:
@@ -497,6 +600,27 @@ def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Pat
         seed=config["seed"],
         cache_dir=rundir.cache_root() / "data",
     )
+
+
+def general_data(config: dict[str, Any], model: str) -> str | None:
+    """The prepared data that a Fisher is to be measured on, one sequence a row; None where none is.
+
+    model: the identity of the weights; UserError if a Fisher is given that is of others.
+    """
+    keys = config["forgetting"]
+    if not forgetting.is_on(keys):
+        if keys["name"] == "ewc":
+            print(forgetting.said(keys, False), flush=True)
+        return None
+    if keys["fisher"] is not None:
+        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"])
+        return None
+    data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
+    data |= {"replay": None, "replay_share": None}
+    try:
+        return str(prepared_data({**config, "data": data, "train": {**config["train"], "packing": False}}))
+    except UserError as failure:
+        raise UserError(str(failure).replace("data.path=", "forgetting.data="))
 
 
 def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:

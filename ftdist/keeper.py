@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ftdist import checkpoint, lease, stops
 from ftdist.errors import FENCED, Failed
+from ftdist.judge import Judge
 from ftdist.ranks import Ranks
 from ftdist.rundir import forget_last_start, record
 from ftdist.state import State, copied, random_state, set_random_state, write
@@ -26,10 +28,11 @@ from ftdist.state import State, copied, random_state, set_random_state, write
 STATE_FILE = "trainer_state.json"  # transformers' own name and format, without its log
 BEGUN = ".begun"  # beside the checkpoints: they can be lost, but not unnoticed
 ROOM = 1.2  # free host memory wanted for a copy, as a multiple of its bytes
+DISK = 250e6  # bytes per second that a first save is thought to be written with, until one was measured
 END = 60.0  # seconds of training that are worth a checkpoint before the model is written
 
 
-def choose(run_dir: Path, ranks: Ranks, run_id: str) -> tuple[Path, dict[str, Any]] | None:
+def choose(run_dir: Path, ranks: Ranks, token: int, run_id: str) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, with its manifest; None for a run that has not begun to train.
 
     The ranks share the reading. What does not verify is set aside, and said. Failed when nothing is left: a run that
@@ -57,8 +60,9 @@ def choose(run_dir: Path, ranks: Ranks, run_id: str) -> tuple[Path, dict[str, An
         if not reason:
             return path, manifest
         if ranks.rank == 0:
-            aside = checkpoint.set_aside(run_dir, step)
-            record(run_dir, "set-aside", step, reason=reason, moved_to=str(aside.relative_to(run_dir)))
+            with lease.guarded(run_dir, token):
+                aside = checkpoint.set_aside(run_dir, step)
+            record(run_dir, token, "set-aside", step, reason=reason, moved_to=str(aside.relative_to(run_dir)))
             print(f"checkpoint of step {step} is broken ({reason}); set aside in {aside}", flush=True)
         ranks.gather(None)
     raise Failed(
@@ -96,8 +100,10 @@ class Keeper(TrainerCallback):
         ranks: Ranks,
         token: int,
         facts: Mapping[str, Any],
+        state_bytes: int,
         limit: stops.Limit,
         progress: Callable[[int], None],
+        judge: Judge | None = None,
         *,
         every_steps: int | None,
         every_minutes: float | None,
@@ -107,7 +113,9 @@ class Keeper(TrainerCallback):
         background: bool,
         max_failed_saves: int,
     ) -> None:
-        """facts: what every manifest says of the run; progress: told whenever the ranks have agreed on something."""
+        """facts: what every manifest says of the run; state_bytes: about how many a checkpoint takes, over all ranks;
+        progress: told whenever the ranks have agreed on something; judge: says which evaluated step is the best.
+        """
         self.run_dir, self.ranks, self.token, self.facts, self.limit = run_dir, ranks, token, dict(facts), limit
         self.progress = progress
         self.every_steps, self.every_minutes = every_steps, every_minutes
@@ -118,14 +126,15 @@ class Keeper(TrainerCallback):
         self.resumed: tuple[Path, dict[str, Any]] | None = None
         self.stopping: str | None = None  # why
         self.evaluation_pending = False  # an evaluation was due at this step and has not been made
-        self.evaluated: tuple[int, float] | None = None  # step and held-out loss of the last one
-        self.best: float | None = None
+        self.judge = judge
+        self.evaluated: tuple[int, float | None, float | None] | None = None  # step, loss and score of the last one
         self.due_at_epoch_end = False
         self.failed_saves = 0
         self.committed: int | None = None
         self.draft: _Draft | None = None
         self.saved_at = time.monotonic()
-        self.save_seconds = 0.0  # of the longest pause for a save until now
+        self.save_seconds = 0.0  # of the longest save until now, from its beginning to its commit
+        self.first_save = state_bytes / DISK
         self.pause = 0.0  # of the last one
         self.step_seconds = 0.0
         self.step_began = time.monotonic()
@@ -137,7 +146,8 @@ class Keeper(TrainerCallback):
         self.resumed = path, manifest
         self.committed = manifest["step"]
         self.evaluation_pending = manifest["evaluation_pending"]
-        self.best = manifest["best_loss"]
+        if self.judge is not None and manifest["judge"] is not None:
+            self.judge.load(manifest["judge"])
 
     def restore(self) -> None:
         """Weights, optimizer and schedule as they were. The model is wrapped and the optimizer exists."""
@@ -188,6 +198,9 @@ class Keeper(TrainerCallback):
                 total = sum(_own_file(path, r)["loss_since_log"] for r in range(manifest["world_size"]))
                 trainer._tr_loss.fill_(total / manifest["world_size"])
             trainer._globalstep_last_logged = manifest["last_logged"]
+            if trainer.parts is not None and self.main:  # sums over all ranks, whoever has them
+                parts = [_own_file(path, r)["parts_since_log"] for r in range(manifest["world_size"])]
+                trainer.parts += torch.tensor(parts, dtype=trainer.parts.dtype, device=trainer.parts.device).sum(0)
             trainer.health.norms.extend(_own_file(path, 0)["norms"])
             known = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["stateful_callbacks"]
             for callback in self._stateful():
@@ -229,15 +242,122 @@ class Keeper(TrainerCallback):
             self.due_at_epoch_end = False
             control.should_save = True
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.judge is not None and "loss" in logs:
+            self.judge.trained(logs)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if metrics is None or "eval_loss" not in metrics:
+        if self.judge is None:
             return
-        loss = metrics["eval_loss"]
-        self.evaluated = state.global_step, loss
-        if self.best is None or loss < self.best:
-            self.best = loss
-            if self.keep_best:
-                control.should_save = True
+        step = state.global_step
+        before = self.judge.state()
+        verdict = self.judge.evaluated(step, self.ranks.from_first(metrics))  # the same numbers on every rank
+        self.evaluated = step, metrics.get("eval_loss"), verdict.score
+        if self.committed == step and not self.stopping:  # a resumed run makes up for an evaluation
+            self._say_of_committed(step, before)
+        elif verdict.best and (self.keep_best or self.judge.restore_best):
+            control.should_save = True
+        if verdict.stop is not None:
+            control.should_training_stop = True
+        if not self.main:
+            return
+        if verdict.forgotten is not None:
+            print(f"step {step}: does not count as a best step: {verdict.forgotten}", flush=True)
+        if verdict.overfitting is not None:
+            text = (
+                f"overfitting since step {verdict.overfitting}: the held-out loss rises while the training loss falls"
+            )
+            record(self.run_dir, self.token, "overfitting", step, since=verdict.overfitting, text=text)
+            print(f"warning: step {step}: {text}", flush=True)
+        if verdict.stop is not None:
+            record(self.run_dir, self.token, "early-stop", step, reason=verdict.stop)
+            print(f"step {step}: training ends: {verdict.stop}", flush=True)
+
+    def _say_of_committed(self, step: int, judge: dict[str, Any]) -> None:
+        """Write the evaluation of a step into its checkpoint, for whoever chooses the best; nothing else of it changes.
+
+        A start that finds it makes the evaluation again, since what came of it (a schedule's state) is not in there.
+        """
+        assert self.evaluated is not None
+        if self.main:
+            path = checkpoint.folder(self.run_dir, step)
+            manifest, problem = _read(path)
+            if not problem and not manifest["initial"]:
+                manifest |= {"eval_loss": self.evaluated[1], "score": self.evaluated[2], "judge": judge}
+                try:
+                    with lease.guarded(self.run_dir, self.token):
+                        checkpoint.amend(path, manifest)
+                except OSError as failure:
+                    print(
+                        f"warning: the evaluation of step {step} was not noted in its checkpoint ({failure})",
+                        flush=True,
+                    )
+
+    def restore_best(self) -> int:
+        """The weights of the best step that was kept, in the place of the last one's; that step. Every rank must call.
+
+        Read by name and range, a parameter at a time, each rank what it holds.
+        """
+        assert self.judge is not None
+        last = self.trainer.state.global_step
+        for step, manifest in self.ranks.from_first(self._scored() if self.main else None):
+            path = checkpoint.folder(self.run_dir, step)
+            names = sorted(manifest["files"])[self.ranks.rank :: self.ranks.world]
+            reason = next(filter(None, self.ranks.gather(_verify(path, manifest["files"], names))), "")
+            if reason:
+                if self.main:
+                    print(
+                        f"warning: the checkpoint of step {step} is broken ({reason}); the next best is taken",
+                        flush=True,
+                    )
+                continue
+            if step != last:
+                state = State(self.trainer.model, self.trainer.optimizer, self.ranks.rank, self.ranks.world)
+                state.restore(path, weights_only=True)
+            if self.main:
+                self._say_final(step, last)
+            return step
+        if self.main:
+            text = f"no checkpoint of a step that counts; final/ holds the last step, {last}"
+            record(self.run_dir, self.token, "best-missing", last, text=text)
+            print(f"warning: stopping.restore_best: {text}", flush=True)
+        return last
+
+    def _scored(self) -> list[tuple[int, dict[str, Any]]]:
+        """Committed steps that count, the best first."""
+        found = []
+        for step in checkpoint.steps(self.run_dir):
+            manifest, problem = _read(checkpoint.folder(self.run_dir, step))
+            if not problem and manifest["score"] is not None:
+                found.append((step, manifest))
+        return sorted(found, key=lambda pair: (pair[1]["score"], pair[0]))
+
+    def _say_final(self, step: int, last: int) -> None:
+        assert self.judge is not None
+        text = f"final/ holds step {step}{'' if step == last else f', not the last one, {last}'}: {self.judge.metric}, "
+        text += self.judge.said_of_best()
+        if step != self.judge.memory.best_step:
+            text += " but has no checkpoint"
+        record(self.run_dir, self.token, "best-restored", step, text=text)
+        print(text, flush=True)
+
+    def wants_base(self) -> bool:
+        """Whether nothing has been trained and the base has not been measured."""
+        return self.trainer.state.global_step == 0 and self.judge is not None and not self.judge.memory.base
+
+    def base_measured(self, metrics: Mapping[str, float]) -> None:
+        """The base's losses on the general sets, a name each."""
+        assert self.judge is not None
+        self.judge.memory.base = {name: metrics[name] for name in self.trainer.retention}
+
+    def gave_up_base(self, control: Any) -> None:
+        """That measurement was given up because of a stop: the next start makes it."""
+        self._stop(0, control, False)
+        control.should_save = False  # step 0 is there
+
+    def ended_early(self) -> bool:
+        """Whether the judge has ended training, in this start or in the one before."""
+        return self.judge is not None and self.judge.memory.stop is not None
 
     def interrupted_evaluation(self, control: Any) -> None:
         """An evaluation was given up because of a stop: the next start makes it."""
@@ -269,7 +389,7 @@ class Keeper(TrainerCallback):
         if not self.main:
             return None
         finished = step >= self.trainer.state.max_steps  # no step is left that a limit could forbid
-        reserve = self.step_seconds + self.save_seconds
+        reserve = self.step_seconds + (self.save_seconds or self.first_save)
         return stops.requested(self.run_dir) or (None if finished else self.limit.reached(step, reserve))
 
     # Saving
@@ -296,6 +416,7 @@ class Keeper(TrainerCallback):
                 "random": random_plain,
                 "norms": list(trainer.health.norms),
                 "loss_since_log": float(trainer._tr_loss),
+                "parts_since_log": trainer.parts.tolist() if trainer.parts is not None else None,
                 "schedule": _schedule(trainer).state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
@@ -305,7 +426,6 @@ class Keeper(TrainerCallback):
                 self._finish()
                 self.pause = time.monotonic() - began
         self.saved_at = time.monotonic()
-        self.save_seconds = max(self.save_seconds, self.saved_at - began)
         if self.stopping and self.committed != step:
             raise Failed(
                 f"stopped ({self.stopping}) and could not save step {step}; "
@@ -349,8 +469,7 @@ class Keeper(TrainerCallback):
             "initial": False,
             "last_logged": self.trainer._globalstep_last_logged,
             "evaluation_pending": self.evaluation_pending,
-            "eval_loss": self.evaluated[1] if self.evaluated and self.evaluated[0] == step else None,
-            "best_loss": self.best,
+            **self._judged(step),
         }
         self.draft = _Draft(draft, self.ranks.rank, tensors, own, texts, manifest)
 
@@ -375,9 +494,10 @@ class Keeper(TrainerCallback):
             self._failed(step, problem)
             return
         self.committed, self.failed_saves = step, 0
+        self.save_seconds = max(self.save_seconds, time.monotonic() - draft.began)
         if self.main:
             size = sum(entry["bytes"] for part, _ in results for entry in part.values())
-            record(self.run_dir, "checkpoint", step, bytes=size, pause=self.pause, write=draft.seconds)
+            record(self.run_dir, self.token, "checkpoint", step, bytes=size, pause=self.pause, write=draft.seconds)
             try:
                 self._rotate()
             except OSError as failure:
@@ -416,8 +536,7 @@ class Keeper(TrainerCallback):
                     "initial": True,
                     "last_logged": 0,
                     "evaluation_pending": False,
-                    "eval_loss": None,
-                    "best_loss": None,
+                    **self._judged(0),
                     "files": {STATE_FILE: checkpoint.fingerprint(draft / STATE_FILE)},
                 }
                 checkpoint.commit(draft, parent / checkpoint.folder(parent, 0).name, self._whole(manifest))
@@ -433,6 +552,11 @@ class Keeper(TrainerCallback):
             raise Failed(f"cannot save in {self.run_dir}: {problem}")
         self.committed = 0
 
+    def _judged(self, step: int) -> dict[str, Any]:
+        """What the evaluation of this step was worth, and what the judge remembers."""
+        loss, score = self.evaluated[1:] if self.evaluated and self.evaluated[0] == step else (None, None)
+        return {"eval_loss": loss, "score": score, "judge": None if self.judge is None else self.judge.state()}
+
     def _samples(self, step: int) -> int:
         """Rows seen after a step, fillers not counted."""
         epochs, steps = divmod(step, self.trainer.steps_per_epoch)
@@ -443,21 +567,22 @@ class Keeper(TrainerCallback):
         return {**self.facts, "token": self.token, "time": time.time(), **manifest}
 
     def _rotate(self) -> None:
-        losses = {}
+        scores = {}
         for step in checkpoint.steps(self.run_dir):
             manifest, problem = _read(checkpoint.folder(self.run_dir, step))
             if not problem:
-                losses[step] = manifest["eval_loss"]
-        kept = self.keep_last, self.keep_best, self.keep_every
-        for step in checkpoint.surplus(losses, *kept):
-            checkpoint.remove(self.run_dir, step)
+                scores[step] = manifest["score"]
+        best = max(self.keep_best, int(self.judge is not None and self.judge.restore_best))
+        for step in checkpoint.surplus(scores, self.keep_last, best, self.keep_every):
+            with lease.guarded(self.run_dir, self.token):
+                checkpoint.remove(self.run_dir, step)
 
     def _failed(self, step: int, problem: str) -> None:
         """A save that did not become a checkpoint: go on without it, a few times."""
         self.failed_saves += 1
         text = f"step {step} was not saved ({problem}); the newest checkpoint is that of step {self.committed}"
         if self.main:
-            record(self.run_dir, "save-failed", step, reason=problem, newest=self.committed)
+            record(self.run_dir, self.token, "save-failed", step, reason=problem, newest=self.committed)
             print(f"warning: {text}", flush=True)
         if self.failed_saves > self.max_failed_saves and not self.stopping:
             raise Failed(f"{text}; {self.failed_saves} saves in a row have failed (checkpoint.max_failed_saves)")
@@ -491,12 +616,12 @@ class _Draft:
         self.path, self.manifest = path, manifest
         self.files: dict[str, dict[str, Any]] = {}
         self.problem = ""
+        self.began = time.monotonic()
         self.seconds = 0.0
         self.thread = threading.Thread(target=self._write, args=(rank, tensors, own, texts), name="save")
         self.thread.start()
 
     def _write(self, rank: int, tensors: dict[str, Any], own: dict[str, Any], texts: dict[str, str]) -> None:
-        began = time.monotonic()
         try:
             written = write(self.path, rank, tensors, own)
             for name, text in texts.items():
@@ -505,7 +630,7 @@ class _Draft:
             self.files = {file.name: checkpoint.fingerprint(file) for file in written}
         except Exception as failure:  # whatever it was: what is not written must not be committed
             self.problem = f"rank {rank}: {type(failure).__name__}: {str(failure).strip() or 'no reason given'}"
-        self.seconds = time.monotonic() - began
+        self.seconds = time.monotonic() - self.began
 
     @property
     def written(self) -> bool:

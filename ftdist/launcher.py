@@ -113,7 +113,7 @@ def gpu_facts() -> tuple[str, int, float] | None:
 
 def processes(
     *,
-    name: Literal["local", "outside"],
+    name: Literal["local", "outside", "slurm"],
     nodes: Annotated[int, Field(ge=1)],
     processes: Literal["auto"] | Annotated[int, Field(ge=1)],
     oversubscribe: bool,
@@ -129,7 +129,7 @@ def processes(
         raise UserError("cluster=outside: only for ranks that accelerate launch or torchrun starts; use cluster=local")
     if here:
         if nodes > 1:
-            raise UserError(f"cluster.nodes={nodes}: cluster=local is one machine; use sbatch slurm/train.sbatch, or "
+            raise UserError(f"cluster.nodes={nodes}: cluster=local is one machine; use cluster=slurm, or "
                             "start accelerate launch --num_machines … -m ftdist.train on every node")  # fmt: skip
         if wanted > count and not oversubscribe:
             raise UserError(f"cluster.processes={wanted}: this machine has {count} devices ({kind}s); use at most "
@@ -193,7 +193,7 @@ def run(run_dir: Path, count: int, token: int, grace: float) -> None:
         try:
             # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
             child = subprocess.Popen(
-                command(run_dir), env=environment, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+                command(run_dir), env=environment, stderr=log, start_new_session=True, preexec_fn=end_with_parent
             )
             status = _wait(child, run_dir / "logs", grace)
         except KeyboardInterrupt:
@@ -207,7 +207,12 @@ def run(run_dir: Path, count: int, token: int, grace: float) -> None:
                 _stop(child, grace if (run_dir / stops.RUNNING).exists() and "Ctrl-C" not in asked else 0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-    outcome = _outcome(run_dir)
+    judge(run_dir, status)
+
+
+def judge(run_dir: Path, status: int) -> None:
+    """What the ranks left behind, as an exception, unless they have finished. status: of whatever started them."""
+    outcome = outcome_of(run_dir)
     if outcome.get("status") == STOPPED:
         again = INTERRUPTED if outcome["reason"] == "Ctrl-C" else STOPPED
         raise Failed(
@@ -237,7 +242,8 @@ def _killed(log: Path) -> re.Match[str] | None:
     return re.search(KILLED, log.read_text(errors="replace"))
 
 
-def _outcome(run_dir: Path) -> dict[str, Any]:
+def outcome_of(run_dir: Path) -> dict[str, Any]:
+    """How the run's last start ended, as its ranks left it; empty if they left nothing."""
     with contextlib.suppress(OSError, ValueError):
         outcome: dict[str, Any] = json.loads((run_dir / "outcome.json").read_text(encoding="utf-8"))
         return outcome
@@ -248,21 +254,22 @@ def _failure(error: dict[str, Any]) -> Exception:
     """What a rank said, as this process would have said it."""
     if error["status"] == USAGE:
         return UserError(error["message"])
-    return Failed(f"rank {error['rank']}: {error['message']} (log: {error['log']})", error["status"])
+    where = f" on {error['node']}" if error.get("node") else ""
+    return Failed(f"rank {error['rank']}{where}: {error['message']} (log: {error['log']})", error["status"])
 
 
 def first_error(run_dir: Path) -> dict[str, Any]:
     """The error of the rank that failed first; what the launcher said if no rank could say anything."""
     log = run_dir / "logs" / "launcher.log"
-    text = log.read_text(errors="replace")
+    text = log.read_text(errors="replace") if log.exists() else ""
     # A killed rank says nothing itself, while the others complain of the connection to it.
-    if killed := _killed(log):
+    if log.exists() and (killed := _killed(log)):
         number = killed[1] or killed[3]
         message = f"killed by signal {number}" + (" (out of memory?)" if number == "9" else "")
         return {"rank": killed[2] or 0, "message": message, "log": str(log), "status": FAILED}
     reports = [json.loads(f.read_text()) for f in (run_dir / "logs").glob("rank-*.error.json")]
     if reports:
-        report: dict[str, Any] = min(reports, key=lambda r: r["time"])
+        report: dict[str, Any] = min(reports, key=lambda r: (not r.get("killed"), r["time"]))
         return report
     lines = [line for line in text.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line.strip())), "")
@@ -270,7 +277,7 @@ def first_error(run_dir: Path) -> dict[str, Any]:
             "log": str(log), "status": FAILED}  # fmt: skip
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: should `ftdist` itself be killed, the kernel asks this process to stop (Linux, 1 = PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

@@ -86,6 +86,16 @@ def read(run_dir: Path) -> Lease | None:
         return None
 
 
+def living(run_dir: Path) -> Lease | None:
+    """Who has the run and is alive, for somebody who only looks: nothing is written, clocks are taken to agree."""
+    holder = read(run_dir)
+    if holder is None or holder.released:
+        return None
+    if holder.host == socket.gethostname() and holder.boot == _boot():
+        return holder if _born(holder.pid) == holder.born else None
+    return holder if time.time() - (run_dir / FILE).stat().st_mtime < STALE else None
+
+
 def check(run_dir: Path, token: int) -> None:
     """Failed, if somebody else has taken the run over."""
     holder = read(run_dir)
@@ -143,7 +153,12 @@ def locked(run_dir: Path) -> Iterator[None]:
                         "(Lustre: -o flock), or choose another"
                     )
                 if time.monotonic() > until:
-                    raise UserError(f"run_dir={run_dir}: another process has held its lock for {PATIENCE:.0f} s")
+                    holder = read(run_dir)
+                    who = f"process {holder.pid} on {holder.host}" if holder else "another process"
+                    raise UserError(
+                        f"run_dir={run_dir}: in use by {who}, and its lock was held for {PATIENCE:.0f} s; wait, or end "
+                        "whoever stands still"
+                    )
                 time.sleep(0.05)
         yield
 

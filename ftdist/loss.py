@@ -18,7 +18,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     hidden (N, H), targets (N,) without ignored ones. The gradients are made in the forward pass, chunk by chunk:
     three matrix products a chunk, none repeated, and no (N, vocabulary) tensor ever. `kind` is `nll`, or `dft`
-    (each token weighted by its own detached probability, arXiv 2508.05629).
+    (each token weighted by its own detached probability, arXiv 2508.05629). The part of the sum that belongs to the
+    `marked` tokens (N,) is added to the number `of_marked`.
     """
 
     @staticmethod
@@ -30,6 +31,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         smoothing: float,
         kind: str,
+        marked: torch.Tensor | None = None,
+        of_marked: torch.Tensor | None = None,
     ) -> torch.Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         vocabulary = weight.shape[0]
@@ -51,7 +54,10 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 share = (-losses).exp() if kind == "dft" else None
                 if smoothing:
                     losses = (1 - smoothing) * losses + smoothing * (partition - logits.mean(-1, keepdim=True))
-                total += (losses if share is None else losses * share).sum()
+                losses = losses if share is None else losses * share
+                total += losses.sum()
+                if marked is not None and of_marked is not None:
+                    of_marked += losses[marked[start : start + size]].sum()
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
                 grad = logits.sub_(partition).exp_()  # the softmax, in place
@@ -82,9 +88,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtype),
             None if grad_weight is None else grad_weight.mul_(scale),
             None if grad_bias is None else grad_bias.mul_(scale),
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
@@ -155,6 +159,8 @@ class Head:
         self.smoothing, self.kind = smoothing, kind
         self.targets: torch.Tensor | None = None
         self.each = False
+        self.marked: torch.Tensor | None = None
+        self.of_marked: torch.Tensor | None = None
         # An adapter on the head, or a head that is no plain matrix, has a forward of its own.
         capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.usable = type(self.module) is nn.Linear and not capped
@@ -171,21 +177,29 @@ class Head:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         if self.each:
             return TokenLogProbabilities.apply(hidden[wanted], weight, bias, self.targets[wanted])
+        marked = () if self.marked is None else (self.marked[wanted], self.of_marked)
         return FusedLinearCrossEntropy.apply(
-            hidden[wanted], weight, bias, self.targets[wanted], self.smoothing, self.kind
+            hidden[wanted], weight, bias, self.targets[wanted], self.smoothing, self.kind, *marked
         )
 
     @contextmanager
-    def answering(self, targets: torch.Tensor | None, each: bool = False) -> Iterator[None]:
+    def answering(
+        self,
+        targets: torch.Tensor | None,
+        marked: torch.Tensor | None = None,
+        of_marked: torch.Tensor | None = None,
+        each: bool = False,
+    ) -> Iterator[None]:
         """While open the head returns the summed loss over `targets` (B, L), already shifted; None: logits.
 
-        each: not the loss, but the log-probability of every target that is not ignored, in their order.
+        Of the `marked` targets (B, L), the sum is also added to `of_marked`. each: not the loss, but the
+        log-probability of every target that is not ignored, in their order.
         """
-        self.targets, self.each = targets, each
+        self.targets, self.marked, self.of_marked, self.each = targets, marked, of_marked, each
         try:
             yield
         finally:
-            self.targets = None
+            self.targets = self.marked = self.of_marked = None
 
     @contextmanager
     def plain(self) -> Iterator[None]:

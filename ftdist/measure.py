@@ -161,6 +161,10 @@ def tensors(trainer: Any) -> dict[str, int]:
         for bucket in getattr(engine, "ipg_buckets", {}).values():
             yield bucket.buffer
 
+    def penalty() -> Iterator[Any]:
+        consolidation = getattr(trainer, "consolidation", None)
+        yield from consolidation.tensors() if consolidation is not None else ()
+
     kinds = {
         "weights": weights,
         "quantization": quantization,
@@ -168,6 +172,7 @@ def tensors(trainer: Any) -> dict[str, int]:
         "optimizer": states,
         "buckets": buckets,
         "reference": reference,
+        "penalty": penalty,
     }
     seen: set[tuple[str, int]] = set()
     counted: dict[str, int] = {}

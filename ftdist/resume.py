@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ftdist import checkpoint, compose, job, launcher, lease, rundir
-from ftdist.errors import UserError
+from ftdist import checkpoint, compose, evaluate, job, lease, rundir
+from ftdist.errors import OK, UserError
 
 # Where and how a run is trained may change; what is trained, on what, and with which arithmetic may not.
 CHANGEABLE = ("cluster", "engine", "checkpoint", "health", "tracking", "eval", "train_until")
@@ -35,8 +35,8 @@ def begun(run_dir: Path, asked: dict[str, Any]) -> bool:
     return False
 
 
-def from_words(run_dir: Path, words: list[str]) -> None:
-    """`ftdist resume RUN [overrides]`."""
+def from_words(run_dir: Path, words: list[str]) -> int:
+    """`ftdist resume RUN [overrides]`; the exit status. A run of SLURM gets a new job."""
     config = rundir.read_config(run_dir)
     for word in words:
         key = word.partition("=")[0].lstrip("+~")
@@ -52,7 +52,14 @@ def from_words(run_dir: Path, words: list[str]) -> None:
         (composed,) = compose.compose("train", [*kept, *words])
         for key in given:
             _set(config, key, _at(composed, key))
+    if config["cluster"]["name"] == "slurm":
+        from ftdist import submit
+
+        job.check({**config, "run_dir": str(run_dir)})
+        job.settle(config["cluster"], config["hardware"]["name"])
+        return submit.again(run_dir, config)
     resume(run_dir, config)
+    return OK
 
 
 def resume(run_dir: Path, wanted: dict[str, Any]) -> None:
@@ -77,11 +84,12 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
     """
     config = rundir.read_config(run_dir)
     before = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
+    sets = config["eval"]["retention"]
     report = json.loads((run_dir / "data_report.json").read_text(encoding="utf-8"))
     for key in CHANGEABLE:
         config[key] = wanted[key]
     job.check({**config, "run_dir": str(run_dir)})
-    world = launcher.processes(**config["cluster"], here=here) * config["cluster"]["nodes"]
+    world = job.per_node(config["cluster"], here=here) * config["cluster"]["nodes"]
     micro = wanted["train"]["per_device_train_batch_size"]
     batch = dict(zip(BATCH, rebatch(before["sequences_per_step"], world, micro), strict=True))
     config["train"] |= batch
@@ -92,6 +100,14 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
                 f"data.path: the data of {run_dir} are gone from the cache, and the files are not what they were; "
                 "bring them back to go on"
             )
+    if config["eval"]["retention"] != sets or not all(Path(folder).is_dir() for folder in before["retention"].values()):
+        if config["eval"]["retention"] != sets and config["stopping"]["max_forgetting"] is not None:
+            raise UserError(
+                f"eval.retention={config['eval']['retention']}: stopping.max_forgetting compares {sets} with the base, "
+                "whom this run has left behind; use that to go on"
+            )
+        before["retention"] = evaluate.retention_data(config)
+        evaluate.refuse_overlap(config["eval"], Path(before["prepared"]), config["model"], before["retention"])
     made = job.plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
     job.write_engine(config, run_dir)
     rundir.write_json(run_dir / "plan.json", {**before, **made})

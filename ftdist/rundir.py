@@ -100,6 +100,14 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty if there is no such file, or no whole one."""
+    with contextlib.suppress(OSError, ValueError):
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return value
+    return {}
+
+
 def write_yaml(path: Path, value: Any) -> None:
     """Whole or not at all, keys in the order given."""
     import yaml
@@ -117,11 +125,18 @@ def _flushed(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def record(run_dir: Path, event: str, step: int | None, **facts: Any) -> None:
-    """A line for RUN/events.jsonl, the run's time line: start, checkpoint, stop, fault, …"""
+def record(run_dir: Path, token: int | None, event: str, step: int | None, **facts: Any) -> None:
+    """A line for RUN/events.jsonl, the run's time line: start, checkpoint, stop, fault, …
+
+    token: of the lease that it is written under, Failed if somebody else has the run by now; None from who has the lock
+    already, or speaks of a job that is in no process.
+    """
+    from ftdist import lease
+
     line = json.dumps({"time": time.time(), "event": event, "step": step, **facts})
+    guard = contextlib.nullcontext() if token is None else lease.guarded(run_dir, token)
     try:
-        with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
+        with guard, (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as failure:  # a full disk must not end the run that is to be told of it
         print(f"warning: events.jsonl: {failure.strerror}; not written: {line}", flush=True)
@@ -135,9 +150,12 @@ def forget_last_start(run_dir: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def leave_out(run_dir: Path, step: int) -> None:
+def leave_out(run_dir: Path, token: int, step: int) -> None:
     """From the next start on, this step changes nothing: its batch has broken the run."""
-    write_json(run_dir / "left_out.json", sorted({*left_out(run_dir), step}))
+    from ftdist import lease
+
+    with lease.guarded(run_dir, token):
+        write_json(run_dir / "left_out.json", sorted({*left_out(run_dir), step}))
 
 
 def left_out(run_dir: Path) -> list[int]:
@@ -187,12 +205,17 @@ def finished(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit, machine: what somebody needs who wants to run this again."""
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of this package and of those that its runs depend on."""
+    found = {}
     for package in ("ftdist", *PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, machine: what somebody needs who wants to run this again."""
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -202,7 +225,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "command": [re.sub(SECRETS, lambda m: f"{m[1] or ''}***", word) for word in sys.argv],
         "commit": git.stdout.strip() or None,
-        "versions": versions,
+        "versions": versions(),
     }
 
 

@@ -143,19 +143,25 @@ class State:
         }
         return tensors, index
 
-    def restore(self, checkpoint: Path) -> None:
-        """Put a checkpoint's weights and moments in the place of what is held now. Failed if they do not fit."""
+    def restore(self, checkpoint: Path, weights_only: bool = False) -> None:
+        """Put a checkpoint's weights and moments in the place of what is held now. Failed if they do not fit.
+
+        weights_only: for a model that is trained no more.
+        """
         saved = Saved(checkpoint)
         saved.check(self.shapes)
         with torch.no_grad():
             if self.zero is not None and self.layout.startswith("zero3"):
                 self.zero.checkpoint_event_prologue()
             for number, (flat, key) in enumerate(zip(self.flats, self.keys, strict=True)):
-                self._restore_state(saved, flat, key, number)
+                if not weights_only:
+                    self._restore_state(saved, flat, key, number)
                 for segment in flat.segments:
                     saved.fill(flat.tensor.reshape(-1), segment, WEIGHT)
             if self.zero is not None:
                 self._refresh()
+        if weights_only:
+            return
         for group, values in zip(self.base.param_groups, saved.groups, strict=True):
             for key, value in values.items():
                 if torch.is_tensor(group.get(key)):

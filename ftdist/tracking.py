@@ -107,15 +107,19 @@ def _opened(
     )
 
 
-def forget_after(run_dir: Path, step: int) -> None:
-    """Take the lines of steps that will be trained again out of metrics.jsonl. An old writer keeps the old file."""
+def forget_after(run_dir: Path, step: int, evaluates: bool) -> None:
+    """Take the lines of steps that will be trained again out of metrics.jsonl. An old writer keeps the old file.
+
+    evaluates: what was measured on held-out rows at `step` will be measured again.
+    """
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         return
     kept = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] < step or (row["step"] == step and not (evaluates and _held_out(row))):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the line that was cut when the run was killed
@@ -150,10 +154,14 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
             if "eval_loss" in logs:
                 self._record({"step": step, **logs})
                 more = [f"{meaning} {logs[key]:.4g}" for key, meaning in HELD_OUT.items() if key in logs]
-                self._say(", ".join([f"step {step}: held-out loss {logs['eval_loss']:.4f}", *more]), keep=True)
+                said = ", ".join([f"step {step}: held-out loss {logs['eval_loss']:.4f}", *more])
+                self._say(f"{said}{_of_retention(logs)}", keep=True)
+            elif _held_out(logs):
+                self._record({"step": step, **logs})
+                self._say(f"step {step}{_of_retention(logs)}", keep=True)
             elif "loss" in logs:
                 row = {"step": step, **{k: logs.get(k) for k in COLUMNS}, "epoch": logs.get("epoch")}
-                row |= {k: v for k, v in logs.items() if "/" in k}  # of the task
+                row |= {k: v for k, v in logs.items() if k not in row}
                 self._record({**row, "memory_gib": round(memory_gib(), 4)})
                 self._say(self._line(step, state.max_steps, logs), keep=step >= state.max_steps)
 
@@ -177,7 +185,7 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
                 pace = (time.monotonic() - self.started[1]) / (step - self.started[0])
                 left = f" · {duration(pace * (steps - step))} left"
             return (
-                f"step {step}/{steps} · loss {logs['loss']:.4f} · lr {logs['learning_rate']:.2e} · "
+                f"step {step}/{steps} · loss {logs['loss']:.4f}{_of_parts(logs)} · lr {logs['learning_rate']:.2e} · "
                 f"{logs['tokens_per_second']:,.0f} tokens/s · {memory_gib():.2f} GiB{left}"
             )
 
@@ -190,6 +198,27 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
             out.flush()
 
     return Follow()
+
+
+def _held_out(row: dict[str, Any]) -> bool:
+    return any(name.startswith("eval_") for name in row)
+
+
+def _of_retention(logs: dict[str, Any]) -> str:
+    parts = []
+    for name, value in logs.items():
+        if name.startswith("eval_retention") and name.endswith("_loss"):
+            stem = name.removesuffix("_loss")
+            change = logs.get(f"{stem}_change")
+            said = "" if change is None else f" ({change:+.2%})"
+            parts.append(f"{stem.removeprefix('eval_').replace('_', ' ')} {value:.4f}{said}")
+    return "".join(f"; {part}" for part in parts)
+
+
+def _of_parts(logs: dict[str, Any]) -> str:
+    if "loss_general" not in logs:
+        return ""
+    return f" (target {logs['loss_target']:.4f}, general {logs['loss_general']:.4f})"
 
 
 def memory_gib() -> float:

@@ -54,14 +54,17 @@ def main(argv: list[str]) -> int:
         run_dir = Path(name)
     from ftdist import job, worker
 
+    def release() -> None:
+        if rank == 0:
+            lease.release(run_dir, int(os.environ[lease.VARIABLE]))
+
     try:
-        status = worker.main(run_dir)
+        status = worker.main(run_dir, at_failure=release)
         if rank == 0 and status == OK:
             job.finish(run_dir)
             print(f"run: {run_dir}")
     finally:
-        if rank == 0:
-            lease.release(run_dir, int(os.environ[lease.VARIABLE]))
+        release()
     return status
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ from ftdist.state import engines
 PROBE = 16  # tokens of a sequence in the self-check before the first step
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(
+    rows: Sequence[Mapping[str, Any]], pad_id: int, general: frozenset[int] = frozenset()
+) -> dict[str, torch.Tensor]:
     """Rows of `input_ids`, `labels`, `lengths` → tensors (B, L). No attention mask anywhere.
 
     Positions restart at every sequence, which is what keeps packed sequences apart; padding is one more sequence
     at the end. `targets` are the labels shifted by one. `tokens` (B,) counts what is no padding.
+    general: numbers of the sources of replayed data; `general` (B, L) then marks the targets that are theirs.
     """
     length = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), length), pad_id)
@@ -43,7 +47,15 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.T
             position_ids[i, start : start + segment] = torch.arange(segment)
             start += segment
     tokens = torch.tensor([0 if row.get("filler") else len(row["input_ids"]) for row in rows])
-    return {"input_ids": input_ids, "position_ids": position_ids, "targets": targets, "tokens": tokens}
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "targets": targets, "tokens": tokens}
+    if general:
+        batch["general"] = torch.zeros((len(rows), length), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            if not row.get("filler"):
+                own = torch.tensor([source in general for source in row["sources"]])
+                mine = own.repeat_interleave(torch.tensor(row["lengths"]))
+                batch["general"][i, : len(mine) - 1] = mine[1:]
+    return batch
 
 
 def takes_positions(model: Any) -> bool:
@@ -68,6 +80,7 @@ class TokenTrainer(Trainer):
         trainable: int,
         keeper: Keeper,
         health: Health,
+        replay: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, **kwargs)
@@ -83,13 +96,18 @@ class TokenTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole global batch
         self.loss_is_scaled_for_ga = True
         self.packing = packing
+        self.text_collator = self.data_collator  # of the general sets' rows, whatever the task's are
+        self.retention: Mapping[str, Any] = {}  # rows of each general set that is measured at every evaluation
         self.examiner: Any = None  # answers held-out rows at every evaluation, if there is one
+        self.consolidation: Any = None  # holds weights near their start, if anything does (EWC)
         self.sharded = False  # weights are in pieces over the ranks (ZeRO-3)
         self.trainable = trainable  # elements that the plan said would be trained
         self.head = Head(model, self.args.label_smoothing_factor, "dft" if loss_type == "dft" else "nll")
         self.takes_positions = takes_positions(model)
         self.examined = False
         self.tokens = 0  # on this rank, padding not counted
+        # loss and tokens since the last log on this rank: of all targets, of the general ones
+        self.parts = torch.zeros(4, dtype=torch.float64, device=self.args.device) if replay else None
         self.clock = (0, 0.0)  # tokens over all ranks and time at the last log
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -138,15 +156,29 @@ class TokenTrainer(Trainer):
         assert not return_outputs and num_items_in_batch is not None
         if not self.examined:
             self._examine(model, inputs)
-        loss = self._summed_loss(model, inputs) / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        total = self._summed_loss(model, inputs, self.parts)
+        loss = total / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
         self.step_losses.append(loss.detach())
         return loss
 
-    def _summed_loss(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _summed_loss(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], parts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """parts: what the sums and numbers of all and of the general targets are added to."""
         targets = inputs["targets"]
-        with self.head.answering(targets if self.head.usable else None):
+        head = self.head
+        marked = () if parts is None else (inputs["general"], parts[1])
+        with head.answering(*(targets, *marked) if head.usable else (None,)):
             output = self._forward(model, inputs["input_ids"], inputs["position_ids"])
-        return output if self.head.usable else full_loss(output, targets, self.head.smoothing, self.head.kind)
+        total = output if head.usable else full_loss(output, targets, head.smoothing, head.kind)
+        if parts is not None:
+            general = targets.masked_fill(~inputs["general"], IGNORED)
+            if not head.usable:
+                parts[1] += full_loss(output.detach(), general, head.smoothing, head.kind)
+            parts[0] += total.detach()
+            parts[2] += (targets != IGNORED).sum()
+            parts[3] += (general != IGNORED).sum()
+        return total
 
     def _forward(self, model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         positions = {"position_ids": position_ids} if self.takes_positions else {}
@@ -164,7 +196,7 @@ class TokenTrainer(Trainer):
         counted = trainable_elements(self.model)  # the engine exists: ZeRO has fixed what it trains
         if counted != self.trainable:
             raise RuntimeError(f"{counted:,} parameters would be trained, the plan has {self.trainable:,}")
-        training = model.training
+        training = self.model.training  # type: ignore[union-attr]  # DeepSpeed's wrapper does not follow its own eval()
         model.eval()
         ids = inputs["input_ids"].flatten()[: 2 * PROBE]
         half = len(ids) // 2
@@ -206,6 +238,45 @@ class TokenTrainer(Trainer):
     ) -> dict[str, float]:
         """Mean loss over all supervised held-out tokens and its perplexity; each row counts once on one rank."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        found = self._means(self._summed_over(rows, self.data_collator, self._sums))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()} | self.retained()
+        if self.examiner is not None:
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            plain = self.accelerator.unwrap_model(self.model_wrapped)
+            with self.compute_loss_context_manager():
+                answered = self.examiner.examine(plain, rank, world, self.sharded, self.keeper.asked_to_stop)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in answered.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def retained(self) -> dict[str, float]:
+        """Losses on the general sets, their mean, and how much each has risen over the base's, as a share."""
+        metrics: dict[str, float] = {}
+        for name, rows in self.retention.items():
+            if self.keeper.asked_to_stop():
+                raise AskedToStop
+            sums = self._summed_over(rows, self.text_collator, partial(TokenTrainer._sums, self))
+            metrics[name] = TokenTrainer._means(self, sums)["loss"]
+        judge = self.keeper.judge
+        changes = {name: judge.change(name, loss) for name, loss in metrics.items()} if judge is not None else {}
+        if len(metrics) > 1:
+            metrics["eval_retention_loss"] = sum(metrics.values()) / len(metrics)
+        return metrics | {f"{n.removesuffix('_loss')}_change": c for n, c in changes.items() if c is not None}
+
+    def _measure_base(self) -> None:
+        """Losses on the general sets before the first step, which is the base's knowledge of them."""
+        try:
+            metrics = self.retained()
+        except AskedToStop:
+            self.keeper.gave_up_base(self.control)
+            return
+        self.keeper.base_measured(metrics)
+        self.log(metrics)
+
+    def _summed_over(self, rows: Any, collator: Any, sums: Callable[[Any, Any], torch.Tensor]) -> torch.Tensor:
+        """`sums` of every batch of held-out rows, added up over all ranks; each row counts once on one rank."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         size = self.args.per_device_eval_batch_size
         model = self.model_wrapped
@@ -215,22 +286,17 @@ class TokenTrainer(Trainer):
             if start and self.keeper.asked_to_stop():
                 raise AskedToStop
             wanted = [(start + i) * world + rank for i in range(size)]
-            batch = self.data_collator([rows[i % len(rows)] for i in wanted if i < len(rows)] or [rows[0]])
+            batch = collator([rows[i % len(rows)] for i in wanted if i < len(rows)] or [rows[0]])
             if wanted[0] >= len(rows):  # nothing left for this rank, but sharded forwards need every rank
                 batch["targets"].fill_(IGNORED)
             batch = self._prepare_inputs(batch)
-            with self.head.plain(), self.compute_loss_context_manager():
-                totals = totals + self._sums(model, batch)
-        found = self._means(self.accelerator.reduce(totals, "sum"))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        if self.examiner is not None:
-            plain = self.accelerator.unwrap_model(model)
             with self.compute_loss_context_manager():
-                answered = self.examiner.examine(plain, rank, world, self.sharded, self.keeper.asked_to_stop)
-            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in answered.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+                if not self.examined:  # nothing was trained in this start yet
+                    self._examine(model, batch)
+            with self.head.plain(), self.compute_loss_context_manager():
+                totals = totals + sums(model, batch)
+        reduced: torch.Tensor = self.accelerator.reduce(totals, "sum")
+        return reduced
 
     def _sums(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What a held-out batch adds (float64): its summed loss and its supervised tokens."""
@@ -291,6 +357,8 @@ class TokenTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         _, base = engines(self.optimizer)
+        if self.consolidation is not None:
+            self.consolidation.begin(self)
         self.health.guard(base, self._norm, lambda: self.state.global_step + 1)
         if getattr(self.optimizer, "scaler", None) is not None:  # accelerate has kept the step as it was
             wrapper: Any = self.optimizer
@@ -301,9 +369,11 @@ class TokenTrainer(Trainer):
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.retention and self.keeper.wants_base():
+            self._measure_base()
         if self.keeper.evaluation_pending:
             self._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last step
+        if self.state.global_step >= self.state.max_steps or self.keeper.ended_early():  # resumed after the last step
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
@@ -313,8 +383,8 @@ class TokenTrainer(Trainer):
             self._evaluate(trial, None)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        return bool(metrics) and super()._determine_best_metric(metrics, trial)  # none of an evaluation given up
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:  # noqa: ARG002  (a hook)
+        return False  # the keeper's judge decides
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         try:
@@ -336,6 +406,14 @@ class TokenTrainer(Trainer):
             logs["tokens"] = tokens
             logs["tokens_per_second"] = (tokens - before) / (now - then) if then else 0.0
             self.clock = (tokens, now)
+            if self.parts is not None:
+                every, general, count, of_general = self.accelerator.reduce(self.parts, "sum").tolist()
+                self.parts.zero_()
+                target = count - of_general
+                logs["loss_target"] = (every - general) / target if target else math.nan
+                logs["loss_general"] = general / of_general if of_general else math.nan
+            if self.consolidation is not None:
+                logs["ewc_penalty"] = self.consolidation.penalty()
             self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves NaN of a NaN
         super().log(logs, start_time)
 

@@ -124,9 +124,9 @@ ELSEWHERE = {
     "save_only_model": "nothing (a checkpoint is what a run can go on from)",
     "save_on_each_node": "nothing (all nodes share the run directory)",
     "enable_jit_checkpoint": "nothing (a signal always saves first)",
-    "load_best_model_at_end": "checkpoint.keep_best",
-    "metric_for_best_model": "checkpoint.keep_best (the held-out loss)",
-    "greater_is_better": "checkpoint.keep_best (the held-out loss)",
+    "load_best_model_at_end": "stopping.restore_best",
+    "metric_for_best_model": "stopping.metric",
+    "greater_is_better": "stopping.direction",
     "ignore_data_skip": "nothing (a resumed run takes the rows that come next)",
     "restore_callback_states_from_checkpoint": "nothing (they are restored)",
 }

@@ -186,7 +186,7 @@ class PreferenceTrainer(TokenTrainer):
                 f"{self.chosen_drop:g}): the margin grows because rejected ones lose more; a larger task.beta, a "
                 "smaller train.learning_rate or task.loss_type=[sigmoid,sft] keep them"
             )
-            record(self.keeper.run_dir, "chosen-drop", step, text=text)
+            record(self.keeper.run_dir, self.keeper.token, "chosen-drop", step, text=text)
             print(f"warning: step {step}: {text}", flush=True)
         self.dropped = drop > self.chosen_drop
 

@@ -105,9 +105,15 @@ def encode(rows: Rows, found: Found, laying: Laying, work: Path, made: Path, pro
     return sequences
 
 
+def trained_on(times: np.ndarray, sequences: Sequences) -> np.ndarray:
+    """Numbers of the training sequences, each as often as an epoch holds it."""
+    chosen = np.flatnonzero(sequences.side == TRAIN)
+    return chosen if times.strides == (0,) else np.repeat(chosen, times[sequences.row[chosen]])
+
+
 def write_parts(
     rows: Rows,
-    times: np.ndarray,
+    training: np.ndarray,
     sequences: Sequences,
     laying: Laying,
     packing: bool,
@@ -117,14 +123,12 @@ def write_parts(
     made: Path,
     processes: Pool,
 ) -> dict[str, Any]:
-    """Packs and writes both parts; returns their sizes."""
+    """Packs and writes both parts; returns their sizes. training: numbers of sequences."""
     progress = Progress("pack and write", "rows")
     sizes: dict[str, Any] = {}
     columns = DPO_COLUMNS if laying.task == "dpo" else SFT_COLUMNS
     for name, side in (("train", TRAIN), ("validation", VALIDATION)):
-        chosen = np.flatnonzero(sequences.side == side)
-        if side == TRAIN and times.strides != (0,):
-            chosen = np.repeat(chosen, times[sequences.row[chosen]])
+        chosen = training if side == TRAIN else np.flatnonzero(sequences.side == side)
         lengths = sequences.lengths[chosen]
         if packing and laying.task == "sft":
             bin_of, count = pack.best_fit_decreasing(lengths, laying.max_length)
@@ -150,9 +154,17 @@ def write_parts(
             "tokens": int(lengths.sum()),
             "supervised": int(sequences.trained[chosen].sum()),
             "lengths": lengths,
+            "by_source": _by_source(rows, sequences, chosen),
         }
     progress.done()
     return sizes
+
+
+def _by_source(rows: Rows, sequences: Sequences, chosen: np.ndarray) -> list[tuple[int, int]]:
+    """(tokens, supervised tokens) of each source."""
+    of, count = rows.source[sequences.row[chosen]], len(rows.sources)
+    counted = [np.bincount(of, numbers[chosen], count) for numbers in (sequences.lengths, sequences.trained)]
+    return [(int(tokens), int(supervised)) for tokens, supervised in zip(*counted, strict=True)]
 
 
 def _cuts(sequences: Sequences, chosen: np.ndarray, per_row: np.ndarray) -> list[int]:

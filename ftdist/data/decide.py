@@ -10,7 +10,7 @@ import numpy as np
 from ftdist.data import duplicates
 from ftdist.data.clean import FILTERS, KEPT, Cleaned, Rules, kind_of
 from ftdist.data.column import in_parts, scratch
-from ftdist.data.encode import TRAIN, VALIDATION
+from ftdist.data.encode import REPLAY, TRAIN, VALIDATION
 from ftdist.data.pool import Pool, Progress
 from ftdist.data.sources import Source
 from ftdist.errors import UserError
@@ -45,7 +45,7 @@ class Rows:
 
 
 class Found:
-    """What was decided of each row: `side` is 0 (out), TRAIN or VALIDATION; with the evidence for the
+    """What was decided of each row: `side` is 0 (out), TRAIN, VALIDATION or REPLAY; with the evidence for the
     report."""
 
     def __init__(self, rows: int) -> None:
@@ -76,14 +76,15 @@ def decide(
 ) -> Found:
     found = Found(len(rows))
     alive = rows.status == KEPT
-    train = rows.kind == 2
+    train, general = rows.kind == 2, rows.kind == 3
+    removable = train | general
     found.filtered = {name: int((rows.status == 1 + i).sum()) for i, name in enumerate(FILTERS)}
     twice: list[duplicates.Twins] = []
 
     progress = Progress("duplicates", "rows")
     if exact_duplicates == "remove":
         twins = duplicates.exact(rows.keys, alive, work)
-        twins = _pick(twins, train[twins.later])
+        twins = _pick(twins, removable[twins.later])
         from_tests = rows.kind[twins.earlier] == 0
         found.exact = _pick(twins, ~from_tests)
         twice.append(_pick(twins, from_tests))
@@ -94,10 +95,10 @@ def decide(
             work, rows.blocks, rows.bases, alive, bands=rules.bands, threshold=near_threshold, pool=processes
         )
         if near_duplicates == "keep":
-            from_tests = (rows.kind[twins.earlier] == 0) & train[twins.later]
+            from_tests = (rows.kind[twins.earlier] == 0) & removable[twins.later]
             root = duplicates.components(_pick(twins, rows.kind[twins.earlier] == 2), len(rows))
         else:
-            twins = duplicates.greedy(twins, len(rows), train)
+            twins = duplicates.greedy(twins, len(rows), removable)
             found.near_removed = True
             alive[twins.later] = False
             from_tests = rows.kind[twins.earlier] == 0
@@ -108,10 +109,11 @@ def decide(
     mine = alive & train
     several = int(mine.sum()) > 1
     found.side[mine] = TRAIN
+    found.side[alive & general] = REPLAY
     if explicit:
         found.side[alive & (rows.kind == 1)] = VALIDATION
     elif validation_share and mine.any():
-        draw = _draw(rows.keys, rules.seed, work)
+        draw = drawn(rows.keys, rules.seed, work)
         if root is not None:
             draw = draw[root]
         if stratify:
@@ -134,7 +136,7 @@ def decide(
     if rules.ngram:
         side = np.zeros(len(rows), np.uint8)
         side[(rows.kind == 0) | (found.side == VALIDATION)] = 1
-        side[found.side == TRAIN] = 2
+        side[(found.side == TRAIN) | (found.side == REPLAY)] = 2
         if (side == 1).any():
             bad, because = duplicates.contaminated(
                 work, rows.blocks, rows.bases, side, ngram=rules.ngram, boilerplate=boilerplate, pool=processes
@@ -160,14 +162,14 @@ def _pick(twins: duplicates.Twins, which: np.ndarray) -> duplicates.Twins:
 def _times(rows: Rows, weights: np.ndarray, seed: int, work: Path) -> np.ndarray:
     """How often an epoch holds each row."""
     times = scratch(work, "times", np.int16, len(rows))
-    draw = _draw(rows.keys, seed + 1, work)
+    draw = drawn(rows.keys, seed + 1, work)
     for part in in_parts(len(rows)):
         weight = weights[rows.source[part]]
         times[part] = np.floor(weight) + (draw[part] < weight - np.floor(weight))
     return times
 
 
-def _draw(keys: np.ndarray, seed: int, work: Path) -> np.ndarray:
+def drawn(keys: np.ndarray, seed: int, work: Path) -> np.ndarray:
     """A number in [0, 1) for each row: a function of its content and the seed alone."""
     result = scratch(work, f"draw-{seed}", np.float64, len(keys))
     for part in in_parts(len(keys)):

@@ -2,8 +2,8 @@
 the split.
 
 Rows are numbered over all blocks; a smaller number takes precedence: rows to decontaminate against first,
-then explicit validation rows, then training rows in the order of the files. Only training rows are ever
-taken out.
+then explicit validation rows, then training rows in the order of the files, then general ones. Only those two are
+ever taken out.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ftdist.data.template import Unsegmentable
 from ftdist.data.tokens import Frozen, Laid, lay_out, load_frozen, pair_tokens, tokenize
 from ftdist.errors import UserError
 
-TRAIN, VALIDATION = 1, 2
+TRAIN, VALIDATION, REPLAY = 1, 2, 3
 IGNORED = -100
 _BATCH_CHARACTERS = 1_000_000  # what the tokenizer gets at once: more is faster, and takes a hundred bytes a token
 
@@ -50,7 +50,7 @@ class Encoded:
     block: int
     lengths: np.ndarray  # int32
     rows: np.ndarray  # int32: the row in the block
-    side: np.ndarray  # uint8: TRAIN or VALIDATION
+    side: np.ndarray  # uint8: TRAIN, VALIDATION or REPLAY
     trained: np.ndarray  # int32: supervised tokens
     parts: np.ndarray  # int32, (sequences, 3)
     dropped: np.ndarray  # int32: rows left out because they are too long
@@ -218,7 +218,7 @@ class _Block:
 
 
 def encode_block(task: tuple[Path, Laying, Source, int, int, np.ndarray]) -> Encoded:
-    """Tokens of the rows of a block whose entry in the last array says TRAIN or VALIDATION."""
+    """Tokens of the rows of a block whose entry in the last array says TRAIN, VALIDATION or REPLAY."""
     folder, laying, source, file, number, wanted = task
     block = _Block(folder, laying, source, file, number)
     picked = np.flatnonzero(wanted).tolist()

@@ -16,11 +16,12 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from ftdist.data import cache, report
-from ftdist.data.assemble import encode, write_parts
+from ftdist.data import replay as replaying
+from ftdist.data.assemble import encode, trained_on, write_parts
 from ftdist.data.clean import Cleaned, Rules, clean_block, json_line
 from ftdist.data.clean import columns as columns_of_rows
 from ftdist.data.column import Columns
-from ftdist.data.decide import Rows, decide
+from ftdist.data.decide import Rows, decide, drawn
 from ftdist.data.encode import TRAIN, Laying
 from ftdist.data.formats import COLUMNS
 from ftdist.data.pool import Pool, Progress, cores, pool
@@ -47,6 +48,16 @@ class Part(TypedDict):
     columns: NotRequired[dict[str, str]]
 
 
+class General(TypedDict):
+    """One of several sources of general data."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # type: ignore[misc]  # noqa: RUF012
+    path: str
+    name: NotRequired[str]
+    format: NotRequired[Format]
+    columns: NotRequired[dict[str, str]]
+
+
 def prepare(
     *,
     path: str | list[str | Part],
@@ -67,6 +78,9 @@ def prepare(
     min_script_share: Annotated[float, Field(gt=0, le=1)],
     validation: str | list[str] | None,
     validation_share: Share,
+    replay: str | list[str | General] | None,
+    replay_share: Annotated[float, Field(gt=0, lt=1)] | None,
+    replay_repeats: Annotated[int, Field(ge=1)],
     stratify: bool,
     decontaminate: bool,
     against: str | list[str] | None,
@@ -96,12 +110,14 @@ def prepare(
     """
     options = {k: v for k, v in locals().items() if k not in ("workers", "cache_dir", "tokenizer_path")}
     _check(columns, scripts, overlong, task)
+    _check_replay(replay, replay_share, task)
     sources, aside = chosen(
         path,
         format=format,
         columns=columns,
         validation=validation,
         against=against,
+        replay=replay,
         cache_dir=cache_dir,
         seed=seed,
         task=task,
@@ -121,7 +137,7 @@ def prepare(
     if template_file.is_file():
         files.append(("template", hashes.of(template_file)))
     hashes.save()
-    options["path"] = options["validation"] = options["against"] = None  # the files' content counts, not their place
+    options |= dict.fromkeys(("path", "validation", "against", "replay"))  # the files' content counts, not their place
     key = cache.key(options, files)
     final = cache_dir / key
     if (final / "data_report.json").is_file():
@@ -187,13 +203,20 @@ def prepare(
                     f"data.mask={mask}: no supervised token in the whole training set; see data.mask, "
                     f"data.overlong={overlong} and train.max_length={max_length}"
                 )
-            sizes = write_parts(rows, found.times, encoded, laying, packing, seed, key, work, made, processes)
+            training, replayed = trained_on(found.times, encoded), None
+            if replay_share is not None:
+                draw = drawn(rows.keys, seed + 2, work)
+                replayed = replaying.choose(encoded, training, draw, share=replay_share, repeats=replay_repeats)
+                training = np.concatenate([training, replayed.sequences])
+            sizes = write_parts(rows, training, encoded, laying, packing, seed, key, work, made, processes)
         (made / "chat_template.jinja").write_text(frozen["template"], encoding="utf-8")
         summary = report.summarise(
             rows=rows,
             found=found,
             encoded=encoded,
             sizes=sizes,
+            training=training,
+            replayed=replayed,
             sources=sources,
             work=work,
             folder=made,
@@ -224,6 +247,17 @@ def _check(columns: dict[str, str], scripts: list[str] | None, overlong: str, ta
         raise UserError("data.overlong=split: a preference row can't be split; use truncate or drop")
     if task not in ("sft", "dpo"):
         raise UserError(f"task={task}: data can be prepared for sft and dpo")
+
+
+def _check_replay(replay: Any, share: float | None, task: str) -> None:
+    if replay is None and share is not None:
+        raise UserError(f"data.replay_share={share}: of which data? set data.replay=FILE, or leave it out")
+    if replay is not None and share is None:
+        raise UserError(
+            f"data.replay={replay}: which share of the tokens? set data.replay_share, e.g. 0.05, or leave it out"
+        )
+    if replay is not None and task != "sft":
+        raise UserError("data.replay: general data can be mixed in for task=sft alone; leave it out")
 
 
 def lsh_bands(threshold: float, permutations: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ftdist.data.clean import FILTERS, json_line, load_rows, row_texts
-from ftdist.data.encode import TRAIN, VALIDATION
+from ftdist.data.encode import REPLAY, TRAIN, VALIDATION
 from ftdist.data.text import SCRIPTS
 
 _EXAMPLES = 5
@@ -22,6 +22,8 @@ def summarise(
     found: Any,
     encoded: Any,
     sizes: dict[str, Any],
+    training: np.ndarray,
+    replayed: Any,
     sources: list[Any],
     work: Path,
     folder: Path,
@@ -32,6 +34,9 @@ def summarise(
 ) -> dict[str, Any]:
     """data_report.json, and dropped.jsonl beside it."""
     final_train, final_validation = (encoded.rows_of(side, len(rows)) for side in (TRAIN, VALIDATION))
+    unused = encoded.rows_of(REPLAY, len(rows))  # of the general rows, once those that are used are taken out of it
+    final_train[encoded.row[training]] = True
+    unused &= ~final_train
     ours = rows.kind != 0
     ids = rows.ids[ours & (rows.ids != 0)]
     train, validation = sizes["train"], sizes["validation"]
@@ -67,7 +72,7 @@ def summarise(
         "scripts": {
             SCRIPTS[i]: round(int(scripts[i]) / letters, 4) for i in np.argsort(-scripts[1:]) + 1 if scripts[i]
         },
-        "sources": _sources(rows, sources, final_train, final_validation),
+        "sources": _sources(rows, sources, final_train, final_validation, sizes["train"]["by_source"]),
         "template": {"origin": template["origin"], "keywords": template["keywords"]},
         "mask": laying.mask,
         "left_aside": left_aside,
@@ -80,6 +85,12 @@ def summarise(
         },
         "fingerprint": key,
     }
+    if replayed is not None:
+        summary["replay"] = {
+            **replayed.facts,
+            "rows": int((final_train & (rows.kind == 3)).sum()),
+            "rows_unused": int(unused.sum()),
+        }
     if laying.task == "dpo":
         summary["preference"] = _preference(encoded)
     return summary
@@ -92,7 +103,10 @@ def _quantiles(lengths: np.ndarray) -> dict[str, int]:
     return dict(zip(("min", "q25", "median", "q75", "q95", "q99", "max"), map(int, points), strict=True))
 
 
-def _sources(rows: Any, sources: list[Any], train: np.ndarray, validation: np.ndarray) -> list[dict[str, Any]]:
+def _sources(
+    rows: Any, sources: list[Any], train: np.ndarray, validation: np.ndarray, by_source: list[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Tokens are those of an epoch of training."""
     result = []
     for number, source in enumerate(sources):
         result.append(
@@ -104,6 +118,8 @@ def _sources(rows: Any, sources: list[Any], train: np.ndarray, validation: np.nd
                 "rows_in": sum(c.seen for c in rows.cleaned if c.source == number),
                 "train": int((train & (rows.source == number)).sum()),
                 "validation": int((validation & (rows.source == number)).sum()),
+                "tokens": by_source[number][0],
+                "supervised_tokens": by_source[number][1],
             }
         )
     return result
@@ -189,6 +205,15 @@ def words(prepared: Path) -> str:
         f"template            {r['template']['origin']}; mask {r['mask']}",
         f"scripts             {', '.join(f'{k} {v:.1%}' for k, v in list(r['scripts'].items())[:5])}",
     ]
+    if "replay" in r:
+        general = r["replay"]
+        trained = general["supervised_tokens"] / max(r["supervised_tokens"], 1)
+        times = f", each {general['passes']:.3g} times" if general["passes"] > 1 else ""
+        out.append(
+            f"general rows        {general['rows']:>12,}  {general['tokens']:,} tokens, {general['share']:.2%} of all "
+            f"(asked: {general['share_asked']:.2%}), {trained:.2%} of what is trained on{times}; "
+            f"{general['rows_unused']:,} rows are not needed"
+        )
     if "preference" in r:
         out.append(f"preference          {_list(r['preference'])}")
     if r["ignored_columns"]:

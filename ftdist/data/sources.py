@@ -18,8 +18,8 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 _HELD_OUT = re.compile(r"(^|[-_./])(validation|valid|val|dev)([-_./]|$)")
 _TEST = re.compile(r"(^|[-_./])(test|eval)([-_./]|$)")
 
-Kind = str  # "against" (only to decontaminate), "validation" or "train": this is also the order of precedence
-KINDS = ("against", "validation", "train")
+Kind = str  # "against" (only to decontaminate), "validation", "train", "replay" (general): in the order of precedence
+KINDS = ("against", "validation", "train", "replay")
 
 
 @dataclass(frozen=True)
@@ -129,38 +129,42 @@ def chosen(
     columns: dict[str, str],
     validation: str | list[str] | None,
     against: str | list[str] | None,
+    replay: Any,
     cache_dir: Path,
     seed: int,
     task: str,
 ) -> tuple[list[Source], list[str]]:
     """(all sources, files that were left aside)."""
-    parts: list[Any] = path if isinstance(path, list) else [path]
-    if not parts:
-        raise UserError("data.path=[]: names no data; give a file, a folder, a glob or a hub id")
     sources: list[Source] = []
     aside: list[str] = []
     held_out: list[Source] = []
-    for part in parts:
+    named_parts = [(part, "data.path") for part in (path if isinstance(path, list) else [path])]
+    if not named_parts:
+        raise UserError("data.path=[]: names no data; give a file, a folder, a glob or a hub id")
+    if replay is not None:
+        named_parts += [(part, "data.replay") for part in (replay if isinstance(replay, list) else [replay])]
+    for part, key in named_parts:
+        general = key == "data.replay"
+        allowed = ("path", *(() if general else ("weight",)), "format", "columns", "name")
         said: dict[str, Any] = {"path": part} if isinstance(part, str) else dict(part)
-        unknown = set(said) - {"path", "name", "weight", "format", "columns"}
-        if unknown or not isinstance(said.get("path"), str):
-            raise UserError(f"data.path: {part} must be a path or have path, weight, format, columns, name and no more")
+        if set(said) - set(allowed) or not isinstance(said.get("path"), str):
+            raise UserError(f"{key}: {part} must be a path or have {', '.join(allowed)} and no more")
         if said.get("format", "auto") not in ("auto", *FORMATS):
-            raise UserError(f"data.path: format={said['format']}: no such format; known: auto, {', '.join(FORMATS)}")
+            raise UserError(f"{key}: format={said['format']}: no such format; known: auto, {', '.join(FORMATS)}")
         named = said["path"]
         if named == "demo":
             named = _demo(cache_dir, seed, task, "train")
-        files, kept_out, tests = find(named, key="data.path")
+        files, kept_out, tests = find(named, key=key)
         source = Source(
             str(said.get("name") or said["path"]),
-            "train",
+            "replay" if general else "train",
             tuple(files),
             float(said.get("weight", 1.0)),
-            said.get("format", format),
-            said.get("columns", columns),
+            said.get("format", "auto" if general else format),
+            said.get("columns", {} if general else columns),
         )
         sources.append(source)
-        if kept_out and validation is None:
+        if kept_out and validation is None and not general:
             held_out.append(replace(source, kind="validation", files=tuple(kept_out), weight=1.0))
         else:
             aside += map(str, kept_out)
@@ -173,10 +177,13 @@ def chosen(
             own = columns if kind == "validation" else {}
             how = format if kind == "validation" else "auto"
             sources.append(Source(named, kind, tuple(files + more + tests), 1.0, how, own))
-    names = Counter(s.name for s in sources if s.kind == "train")
+    names = Counter(s.name for s in sources if s.kind in ("train", "replay"))
     double = [name for name, n in names.items() if n > 1]
     if double:
-        raise UserError(f"data.path: {double[0]} is named twice; for more weight use {{path: {double[0]}, weight: 2}}")
+        raise UserError(
+            f"data.path: {double[0]} is named twice; for more weight use {{path: {double[0]}, weight: 2}}, and what is "
+            "in data.path is not general data for data.replay"
+        )
     return sources, aside
 
 

@@ -33,7 +33,9 @@ def settings(
     answer_pattern: str | None,
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"],
     resamples: Annotated[int, Field(ge=0)],
-    retention: str | list[str] | None,
+    retention: str | list[str] | dict[str, str | list[str]] | None,
+    retention_during: bool,
+    retention_overlap: Literal["refuse", "warn"],
     preferences: str | list[str] | None,
     lm_eval: list[str],
     show: Annotated[int, Field(ge=0)],
@@ -51,11 +53,83 @@ def check(values: dict[str, Any]) -> None:
     if values["g_eval"]["criteria"] and not values["g_eval"]["judge"]:
         raise UserError("eval.g_eval.judge=null: who judges? the URL of an OpenAI-compatible endpoint, or a directory")
     harness.check(values["lm_eval"])
+    for name in retention_sets(values["retention"]):
+        if name and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise UserError(f"eval.retention: {name!r} is no name for a set; letters, digits, _, . and - alone")
+    if values["retention_during"] and not values["retention"]:
+        raise UserError("eval.retention_during=true: of what? name general data with eval.retention=FILE")
     if values["answer_pattern"] is not None:
         try:
             re.compile(values["answer_pattern"])
         except re.error as failure:
             raise UserError(f"eval.answer_pattern={values['answer_pattern']}: no regular expression ({failure})")
+
+
+def retention_sets(named: Any) -> dict[str, Any]:
+    """Name → data of `eval.retention`; a set without a name has the empty one."""
+    if not named:
+        return {}
+    return dict(named) if isinstance(named, dict) else {"": named}
+
+
+def of_set(name: str) -> str:
+    """What the metrics of a retention set begin with."""
+    return f"retention_{name}" if name else "retention"
+
+
+def retention_while_training(values: dict[str, Any], stopping: dict[str, Any]) -> bool:
+    """Whether every evaluation measures the retention sets too: when asked to, or when something depends on it."""
+    needed = stopping["max_forgetting"] is not None or stopping["metric"].startswith("eval_retention")
+    return bool(values["retention"]) and (values["retention_during"] or needed)
+
+
+def tokens_while_training(config: dict[str, Any], retention: dict[str, str]) -> int:
+    """Tokens of the retention sets that every evaluation reads."""
+    if not retention_while_training(config["eval"], config["stopping"]):
+        return 0
+    reports = [json.loads((Path(f) / "data_report.json").read_text(encoding="utf-8")) for f in retention.values()]
+    return sum(int(report["validation_tokens"]) for report in reports)
+
+
+def recorded(values: dict[str, Any]) -> list[str]:
+    """What an evaluation while training records beside loss and perplexity."""
+    found: list[str] = []
+    if values["during"]:
+        from ftdist.evaluate import rouge
+
+        found += [name for name in values["metrics"] if name != "rouge"]
+        found += rouge.KINDS if "rouge" in values["metrics"] else []
+        found += ["extracted_match"] if values["answer_pattern"] is not None else []
+    return found
+
+
+def retention_data(config: dict[str, Any]) -> dict[str, str]:
+    """Name → folder of the sets of `eval.retention`, prepared as the run trains: its template, its longest rows."""
+    tokenizer = Path(config["model"]["path"])
+    template, longest = config["data"]["chat_template"], config["train"]["max_length"]
+    return {
+        name: str(_prepared(Path(config["run_dir"]), config, tokenizer, longest, data, "eval.retention", template))
+        for name, data in retention_sets(config["eval"]["retention"]).items()
+    }
+
+
+def refuse_overlap(values: dict[str, Any], prepared: Path, model: dict[str, Any], retention: dict[str, str]) -> None:
+    """UserError if a retention set holds what is trained on, or a line of warning with eval.retention_overlap=warn."""
+    if not retention:
+        return
+    from ftdist import models
+    from ftdist.evaluate import overlap
+
+    tokenizer = models.tokenizer(model["path"], model["revision"], model["trust_remote_code"])
+    for name, folder in retention.items():
+        shared = overlap.found(prepared, tokenizer, overlap.held_out(Path(folder)))
+        if shared is None or not shared["rows"]:
+            continue
+        which = retention_sets(values["retention"])[name]
+        text = f"{len(shared['rows'])} of {shared['of']} rows of eval.retention={which} overlap with the training data"
+        if values["retention_overlap"] == "refuse":
+            raise UserError(f"{text}; take them out of those with data.against={which}, or eval.retention_overlap=warn")
+        print(f"WARNING: {text}: what the model keeps of them says little", flush=True)
 
 
 def is_exported(directory: Path) -> bool:
@@ -83,7 +157,7 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
     if not os.access(target, os.W_OK):
         raise UserError(f"{target}: cannot be written, and eval/ comes into it; copy it to another place")
     if wanted["data"]:
-        prepared = _prepared(target, config, tokenizer, longest, "eval.data", wanted["data"], "sft")
+        prepared = _prepared(target, config, tokenizer, longest, wanted["data"], "eval.data")
     else:
         assert plan is not None
         prepared = Path(plan["prepared"])
@@ -91,20 +165,23 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
         raise UserError(
             f"{target}: its prepared data are gone ({prepared}); give the held-out rows with eval.data=FILE"
         )
-    beside = {
-        key: _prepared(target, config, tokenizer, longest, f"eval.{key}", wanted[key], task) if wanted[key] else None
-        for key, task in (("retention", "sft"), ("preferences", "dpo"))
+    retention = {
+        name: str(_prepared(target, config, tokenizer, longest, data, "eval.retention"))
+        for name, data in retention_sets(wanted["retention"]).items()
     }
-    if beside["preferences"] is None and plan is not None and config["task"]["name"] == "dpo":
-        own = Path(plan["prepared"])
-        beside["preferences"] = own if own.is_dir() else None
+    preferences = None
+    if wanted["preferences"]:
+        preferences = _prepared(target, config, tokenizer, longest, wanted["preferences"], "eval.preferences")
+    elif plan is not None and config["task"]["name"] == "dpo" and Path(plan["prepared"]).is_dir():
+        preferences = Path(plan["prepared"])
     task = {
         "target": str(target),
         "wanted": wanted,
         "config": config,
         "plan": plan,
         "prepared": str(prepared),
-        **{key: str(folder) if folder else None for key, folder in beside.items()},
+        "retention": retention,
+        "preferences": str(preferences) if preferences else None,
     }
     with tempfile.TemporaryDirectory() as scratch:
         said = Path(scratch, "failure")
@@ -130,33 +207,39 @@ def _positions(directory: Path, base: str | None) -> int:
 
 
 def _prepared(
-    target: Path, config: dict[str, Any], tokenizer: Path, longest: int, key: str, data: str | list[str], task: str
-) -> Path:
+    target: Path, config: dict[str, Any], tokenizer: Path, longest: int, data: str | list[str], key: str,
+    template: str = "tokenizer",
+) -> Path:  # fmt: skip
     """Rows of the user's own file, in the template and with the mask of the run, none taken out."""
     from ftdist.data.prepare import prepare
 
     keep = {
         **config["data"],
         "path": data,
-        "format": config["data"]["format"] if task == config["task"]["name"] else "auto",
         "validation": data,
         "validation_share": 0.0,
         "exact_duplicates": "keep",
         "near_duplicates": "off",
         "decontaminate": False,
         "against": None,
+        **dict.fromkeys(("replay", "replay_share")),
+        "replay_repeats": 1,
         "stratify": False,
-        "chat_template": "tokenizer",
+        "chat_template": template,
         **dict.fromkeys(("min_answer", "max_answer", "max_repetition", "max_markup", "scripts")),
         "tokenizer_path": str(tokenizer),
         "revision": None,
         "trust_remote_code": config["model"]["trust_remote_code"],
         "max_length": longest,
         "packing": False,
-        "task": task,
+        "task": "dpo" if key == "eval.preferences" else "sft",
         "seed": config["seed"],
         "cache_dir": rundir.cache_root() / "data",
     }
+    if key == "eval.retention":  # general data have their own form, whatever is trained on
+        keep |= {"format": "auto", "columns": {}, "mask": "auto"}
+    elif keep["task"] != config["task"]["name"]:
+        keep |= {"format": "auto", "columns": {}}
     unlike = set(keep) ^ set(schema.keys_of(prepare))
     if unlike:
         raise UserError(f"{target}: made by another version of ftdist, with other keys of data ({min(unlike)})")

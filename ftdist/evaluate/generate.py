@@ -16,8 +16,11 @@ from ftdist.errors import UserError
 LOGITS = 1 << 28  # elements of the largest logits that a batch may have (1 GiB in float32)
 
 
-def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str) -> tuple[np.ndarray, np.ndarray]:
-    """Summed negative log-likelihood of the supervised tokens of every held-out example, and their number.
+def losses(
+    model: Any, prepared: Path, batch_size: int, pad_id: int, which: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the supervised tokens of every held-out example: the summed negative log-likelihood, the number of those
+    that are the likeliest of the vocabulary in their place, and their number.
 
     A prepared row may hold several examples, one after the other.
     """
@@ -26,17 +29,16 @@ def losses(model: Any, prepared: Path, batch_size: int, pad_id: int, which: str)
 
 def pair_losses(
     model: Any, prepared: Path, batch_size: int, pad_id: int, which: str
-) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The same of the chosen and of the rejected answers of every held-out pair."""
     rows = rows_of(prepared / "validation")
-    sums, counts = _losses(model, Answers(rows), batch_size, pad_id, which)
-    half = len(rows)
-    return (sums[:half], counts[:half]), (sums[half:], counts[half:])
+    both = _losses(model, Answers(rows), batch_size, pad_id, which)
+    return [values[: len(rows)] for values in both], [values[len(rows) :] for values in both]
 
 
 def _losses(
     model: Any, rows: Sequence[Mapping[str, Any]], batch_size: int, pad_id: int, which: str
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     import torch
 
     from ftdist.loss import IGNORED
@@ -48,7 +50,7 @@ def _losses(
         examples.append(len(rows[i]["lengths"]))
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     first = np.cumsum([0, *examples])  # example of each row
-    sums, counts = np.zeros(first[-1]), np.zeros(first[-1])
+    sums, hits, counts = np.zeros(first[-1]), np.zeros(first[-1]), np.zeros(first[-1])
     vocabulary = model.get_input_embeddings().weight.shape[0]
     with_positions = takes_positions(model)
     done = 0
@@ -66,14 +68,16 @@ def _losses(
                 each = torch.nn.functional.cross_entropy(
                     logits[row][wanted].float(), targets[row][wanted], reduction="none"
                 )
+                right = logits[row][wanted].argmax(-1) == targets[row][wanted]
                 inside = rows[i]["lengths"]
                 owner = np.repeat(np.arange(len(inside)), inside)[wanted[: sum(inside)].cpu().numpy()]
                 own = slice(first[i], first[i + 1])
                 sums[own] = np.bincount(owner, each.double().cpu().numpy(), len(inside))
+                hits[own] = np.bincount(owner, right.double().cpu().numpy(), len(inside))
                 counts[own] = np.bincount(owner, minlength=len(inside))
         done += len(chosen)
         progress(f"loss of {which}: {done}/{len(rows)}", done == len(rows))
-    return sums, counts
+    return sums, hits, counts
 
 
 def turn_ends(tokenizer: Any) -> set[int]:

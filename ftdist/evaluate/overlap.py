@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def found(prepared: Path, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[st
     folder = prepared / "train"
     if not folder.is_dir():
         return None
-    questions = [_question(row) for row in rows]
     answers = [row["reference"] for row in rows]
+    questions = [_question(row) or answer for row, answer in zip(rows, answers, strict=True)]  # a text is both
     asked, said = _words(questions), _words(answers)
     long = [_grams(words, i, NGRAM) for words in (asked, said) for i in range(len(rows))]
     wanted = np.unique(np.concatenate([*long, np.zeros(0, np.uint64)]))
@@ -63,6 +64,12 @@ def found(prepared: Path, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[st
         if np.isin(long[i], telling).any() or np.isin(long[len(rows) + i], telling).any():
             hit.add(i)
     return {"rows": sorted(hit), "of": len(rows), "training_sequences": sequences, "ngram": NGRAM}
+
+
+def held_out(prepared: Path) -> list[dict[str, Any]]:
+    """The held-out rows of a prepared data set that have a reference."""
+    rows = [json.loads(line) for line in (prepared / "validation_rows.jsonl").open(encoding="utf-8")]
+    return [row for row in rows if (row["reference"] or "").strip()]
 
 
 def _question(row: dict[str, Any]) -> str:

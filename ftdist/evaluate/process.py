@@ -18,12 +18,12 @@ from typing import Any
 from ftdist import base as bases
 from ftdist import rundir
 from ftdist.errors import OK, USAGE, Failed, UserError
-from ftdist.evaluate import g_eval, generate, harness, overlap, scores, tables
+from ftdist.evaluate import g_eval, generate, harness, of_set, overlap, scores, tables
 
 
 def run(
     target: Path, wanted: dict[str, Any], config: dict[str, Any], plan: dict[str, Any] | None, prepared: Path,
-    retention: Path | None, preferences: Path | None,
+    retention: dict[str, str], preferences: Path | None,
 ) -> None:  # fmt: skip
     """Writes eval/metrics.json and eval/samples.jsonl, prints a table and `wanted["show"]` answers."""
     from ftdist.evaluate.load import Exported, Loader
@@ -45,7 +45,7 @@ def run(
     found: dict[str, dict[str, scores.Metric]] = {}
     answers: dict[str, list[str]] = {}
     notes: dict[str, Any] = {"without_reference": without, "held_out": len(rows), "with_prompt": len(asked)}
-    shared = None
+    shared = shared_general = None
     margins: Any = None  # of the pairs, as the base sees them
     for which in sides:
         if plan is None:
@@ -55,21 +55,30 @@ def run(
         if shared is None and (wanted["data"] or not config["data"]["decontaminate"]) and plan is not None:
             shared = overlap.found(Path(plan["prepared"]), tokenizer, with_prompt)
         pad = tokenizer.pad_token_id or 0
-        size = wanted["batch_size"]
-        pairs = None
+        if shared_general is None:
+            sets = {} if plan is None else retention
+            trained = Path(plan["prepared"]) if plan is not None else Path()
+            shared_general = {
+                name: overlap.found(trained, tokenizer, overlap.held_out(Path(folder))) for name, folder in sets.items()
+            }
+        size, pairs = wanted["batch_size"], None
         if preferences is not None:
             pairs = generate.pair_losses(model, preferences, size, pad, f"{which}, preferences")
-        if pairs is not None and preferences == prepared:  # no other rows: the loss is that of the chosen answers
-            loss = scores.loss(*pairs[0])
+        if pairs is not None and preferences == prepared:  # no other rows: what is measured are the chosen answers
+            found[which] = scores.of_tokens(*pairs[0])
         else:
-            loss = scores.loss(*generate.losses(model, prepared, size, pad, which))
-        found[which] = {"loss": loss, "perplexity": scores.perplexity(loss)}
+            found[which] = scores.of_tokens(*generate.losses(model, prepared, size, pad, which))
         if pairs is not None:
             preferred, margins = scores.preferences(pairs[0][0], pairs[1][0], margins)
             found[which] |= preferred
-        if retention is not None:
-            kept = scores.loss(*generate.losses(model, retention, wanted["batch_size"], pad, f"{which}, retention"))
-            found[which] |= {"retention_loss": kept, "retention_perplexity": scores.perplexity(kept)}
+        general = []
+        for name, kept_in in retention.items():
+            title = of_set(name)
+            kept = generate.losses(model, Path(kept_in), size, pad, f"{which}, {title}")
+            found[which] |= {f"{title}_{n}": metric for n, metric in scores.of_tokens(*kept).items()}
+            general.append(found[which][f"{title}_loss"])
+        if len(general) > 1:
+            found[which]["retention_loss"] = scores.mean_of_sets(general)
         if prompts:
             answers[which], cut = generate.answers(
                 model, tokenizer, prompts, wanted["max_new_tokens"], wanted["batch_size"], which
@@ -87,7 +96,7 @@ def run(
     kept_values = {
         k: wanted[k] for k in ("data", "max_new_tokens", "answer_pattern", "bleu_tokenize", "retention", "preferences")
     }
-    record = {"settings": kept_values, "overlap": shared, **notes}
+    record = {"settings": kept_values, "overlap": shared, "retention_overlap": shared_general or {}, **notes}
     _write(folder, with_prompt, found, answers, record, wanted["resamples"], config["seed"])
     if wanted["g_eval"]["criteria"] and prompts:
         judged, ledger = g_eval.judge(with_prompt, answers, **wanted["g_eval"])
@@ -148,7 +157,7 @@ def _write(
 
 
 def _of_answers(name: str, metric: scores.Metric, rows: list[Any]) -> bool:
-    return len(metric.rows) == len(rows) and not re.search("loss|perplexity|preference|reward", name)
+    return len(metric.rows) == len(rows) and not re.search("loss|perplexity|accuracy|preference", name)
 
 
 def _plain(value: Any) -> Any:
@@ -177,7 +186,8 @@ def main(said: Path) -> int:
             task["config"],
             task["plan"],
             Path(task["prepared"]),
-            *(Path(task[key]) if task[key] else None for key in ("retention", "preferences")),
+            task["retention"],
+            Path(task["preferences"]) if task["preferences"] else None,
         )
     except UserError as failure:
         said.write_text(str(failure), encoding="utf-8")

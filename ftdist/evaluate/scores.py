@@ -52,6 +52,27 @@ def loss(sums: np.ndarray, tokens: np.ndarray) -> Metric:
     return Metric(np.stack([sums, tokens], 1).astype(np.float64), _ratio, rows, higher_is_better=False)
 
 
+def of_tokens(sums: np.ndarray, hits: np.ndarray, tokens: np.ndarray) -> dict[str, Metric]:
+    """loss, perplexity, and the share of tokens that are the likeliest in their place (next-token accuracy)."""
+    of = loss(sums, tokens)
+    rows = np.divide(hits, tokens, out=np.full(len(hits), np.nan), where=tokens > 0)
+    right = Metric(np.stack([hits, tokens], 1).astype(np.float64), _ratio, rows)
+    return {"loss": of, "perplexity": perplexity(of), "token_accuracy": right}
+
+
+def mean_of_sets(losses: Sequence[Metric]) -> Metric:
+    """The mean of several sets' losses, each set with the same weight."""
+    ends = np.cumsum([0, *(len(of.rows) for of in losses)])
+    statistics = np.zeros((ends[-1], 2 * len(losses)))
+    for i, of in enumerate(losses):
+        statistics[ends[i] : ends[i + 1], 2 * i : 2 * i + 2] = of.statistics
+
+    def value(total: np.ndarray) -> float:
+        return float(np.mean([_ratio(pair) for pair in total.reshape(-1, 2)]))
+
+    return Metric(statistics, value, np.concatenate([of.rows for of in losses]), higher_is_better=False)
+
+
 def perplexity(of: Metric) -> Metric:
     """exp of a loss."""
     return Metric(of.statistics, lambda total: math.exp(min(_ratio(total), 700)), np.exp(of.rows.clip(max=700)), False)

@@ -36,6 +36,13 @@ def remarks(metrics: dict[str, Any]) -> list[str]:
             f"WARNING: {len(shared['rows'])} of {shared['of']} evaluation rows overlap with the training data: these "
             "numbers flatter the tuned model (samples.jsonl marks them in_training)"
         )
+    for name, general in metrics.get("retention_overlap", {}).items():
+        if general and general["rows"]:
+            which = f"eval.retention {name}".strip()
+            lines.append(
+                f"WARNING: {len(general['rows'])} of {general['of']} rows of {which} overlap with the training data: "
+                "what is kept of them says little"
+            )
     if metrics["settings"]["data"] and shared is None:
         lines.append("overlap with the training data: not checked, they are not here")
     for side in ("base", "tuned"):

@@ -32,6 +32,7 @@ class Plan(_Always, total=False):
     total_steps: int
     reference: str  # task=dpo: cached, adapter_off, copy or none
     reference_key: str  # of the content that cached log-probabilities depend on
+    forgetting: str  # what holds weights near their start, if anything does
     steps_are_a_guess: bool  # from the size of the data, nothing being prepared yet
     # what `forecast.py` adds
     device_peak_bytes: int  # of one rank, in its highest phase
@@ -49,6 +50,8 @@ class Plan(_Always, total=False):
     mfu: float
     time_calibrated: bool
     total_seconds: float
+    evaluations: int
+    evaluation_seconds: float  # of all of them
     checkpoints: int  # that will be written, if nothing stops the run
     cost: float
     fits: bool | None  # None: no memory is known to compare with

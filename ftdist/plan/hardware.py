@@ -116,6 +116,23 @@ def hardware(
     )
 
 
+def elsewhere(values: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    """`hardware=auto` for the devices of a scheduler, which calls its GPUs `kind`; None: it gives none.
+
+    UserError for a kind that the table does not have: nothing of it would be known.
+    """
+    table = _table()
+    word = kind if kind is not None else "cpu"
+    fitting = (n for n, row in table.items() if n == word or (row.get("match") and re.search(row["match"], word, re.I)))
+    name = next(fitting, None)
+    if name is None:
+        raise UserError(
+            f"hardware=auto: SLURM does not say which GPUs these are ({kind or 'no type'}); say it: hardware=h100 "
+            f"(known: {', '.join(table)})"
+        )
+    return {key: table[name].get(key) if value is None or key == "name" else value for key, value in values.items()}
+
+
 def _speed(key: str, value: Any, links: Mapping[str, float]) -> float:
     if isinstance(value, (int, float)):
         return float(value)

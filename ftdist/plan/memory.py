@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ftdist.plan.activations import Activations, Family, Setting, Trained, activations, loss
-from ftdist.plan.states import WIDTH, Held, States, checkpoint_bytes, quantized_bytes, states
+from ftdist.plan.states import (
+    WIDTH,
+    Held,
+    Penalty,
+    States,
+    checkpoint_bytes,
+    penalty_bytes,
+    quantized_bytes,
+    states,
+)
 
 Phase = dict[str, int]
 GPU_LIBRARIES = 2_200_000_000  # resident set of a rank with torch's CUDA libraries and DeepSpeed; a band, not a figure
@@ -61,6 +70,7 @@ class Case:
     stored: str = "bfloat16"  # the base's files
     experts: int = 0  # that a token goes through, of a layer's; 0: no mixture
     answers: tuple[int, int] | None = None  # (rows, tokens) that a rank answers at once while it trains
+    penalty: Penalty | None = None  # of elastic weight consolidation
     each: bool = False  # log-probabilities of tokens are wanted, not their sum (task=dpo)
     reference: str = "none"  # task=dpo: cached, adapter_off, copy
     reference_bytes: int = 0  # of a frozen model beside the trained one, whole
@@ -82,6 +92,16 @@ class Case:
     def held_reference(self) -> int:
         """Bytes of a frozen copy on one rank: ZeRO-3 shards it too."""
         return self.reference_bytes // self.world if self.stage == 3 else self.reference_bytes
+
+    @property
+    def consolidation(self) -> tuple[int, int, int, int]:
+        """Bytes of the penalty, as `penalty_bytes` has them."""
+        return penalty_bytes(self.penalty, self.held, self.stage, self.world) if self.penalty else (0, 0, 0, 0)
+
+    @property
+    def penalty_on_host(self) -> bool:
+        """Fisher and anchor lie where the optimizer's weights do; the Fisher of a drift is the device's."""
+        return self.penalty is not None and not self.penalty.drift and self.offload_optimizer and self.gpu
 
     @property
     def tokens(self) -> int:
@@ -184,6 +204,18 @@ def need(case: Case) -> Memory:
         device["reference"] = device["evaluation"] | {"reference": case.held_reference}
     device["save"] = base | {"gathered": largest if case.stage == 3 else 0}
     device["resume"] = base | {"step": 0}
+    penalty, measuring, _, _ = case.consolidation
+    if case.penalty is not None and case.penalty.measured:
+        one = _activations(replace(case, batch=case.penalty.batch, checkpointing=False))
+        device["fisher"] = base | {
+            "activations": max(one.kept + one.forward, one.backward),
+            "logits_and_loss": one.loss.peak,
+            "gathered": gathered,
+            "measuring": measuring,
+        }
+    if penalty and not case.penalty_on_host:
+        for name, phase in device.items():
+            phase["penalty"] = penalty if name != "load" else 0
     if case.generation is not None:
         device["generation"] = _generation(case)
     if case.answers is not None:
@@ -253,6 +285,8 @@ def standing(case: Case, made: States) -> dict[str, int]:
     }
     if case.reference == "copy":
         counted["reference"] = case.held_reference
+    if case.penalty:
+        counted["host_penalty" if case.penalty_on_host else "penalty"] = case.consolidation[0]
     for kind, size in made.host.items():
         name = f"host_{kind}" if case.gpu else kind
         counted[name] = counted.get(name, 0) + size
@@ -444,6 +478,8 @@ def _host(case: Case, made: States, device_peak: int, between: int) -> dict[str,
         f"offloaded_{kind}": ranks * _offloaded(size, case.nvme, pinned=kind != "optimizer")
         for kind, size in made.host.items()
     }
+    if case.penalty_on_host:
+        offloaded["offloaded_penalty"] = ranks * case.consolidation[0]
     biggest = max((h.numel for h in case.held), default=0) * WIDTH[case.loaded]
     biggest_trained = 4 * max((h.numel for h in case.held if h.trained), default=0)  # read a parameter at a time
     if made.quantization:
@@ -502,6 +538,8 @@ def disk_bytes(case: Case, made: States, rows_tokens: int | None, kept: int) -> 
         "checkpoints": kept * case.checkpoint,
         "the next checkpoint": case.checkpoint,
         "prepared data": 8 * rows_tokens if rows_tokens else 0,
+        "fisher": case.consolidation[2],
+        "cached fisher": case.consolidation[3],
     }
     if case.nvme:
         found["swap per node"] = case.processes * (made.host.get("optimizer", 0) + made.host.get("weights", 0))

@@ -56,6 +56,50 @@ class States:
     known: bool = True  # False: an optimizer whose states are not known here, counted as two float32 moments
 
 
+@dataclass(frozen=True)
+class Penalty:
+    """Elastic weight consolidation, as far as it decides memory (`ftdist/ewc.py`)."""
+
+    drift: bool  # of merged weights: a Fisher of the adapted base weights, no anchor
+    dtype: str  # of the Fisher
+    batch: int  # rows whose gradients are added before squaring
+    measured: bool  # by this run
+
+
+def penalty_bytes(penalty: Penalty, held: Iterable[Held], stage: int, world: int) -> tuple[int, int, int, int]:
+    """Bytes that a rank holds for the penalty; more of them while it measures; of all files in the run directory;
+    of those in the cache.
+
+    The anchor is in float32, like the optimizer's own weights; the Fisher is in float32 while it is added up.
+    """
+    wanted = [h for h in held if h.trained]
+    width = WIDTH[penalty.dtype]
+    if penalty.drift:
+        a = {h.name.partition(".lora_A.")[0]: h.shape for h in wanted if ".lora_A." in h.name}
+        b = {h.name.partition(".lora_B.")[0]: h.shape for h in wanted if ".lora_B." in h.name}
+        sizes = {module: (b[module][0], shape[1]) for module, shape in a.items() if module in b}
+        share = sum(math.ceil(rows / world) * columns for rows, columns in sizes.values())
+        every = sum(map(math.prod, sizes.values()))
+        largest = max(map(math.prod, sizes.values()), default=0)
+        standing = share * width + 4 * (2 * sum(h.numel for h in wanted) + 1)  # adapters' gradients, and their start
+        files = every * width
+    else:
+        if stage == 0:
+            share = sum(h.numel for h in wanted)
+        elif stage < 3:
+            share = sum(math.ceil(sum(h.numel for h in g) / (2 * world)) * 2 for g in groups(wanted))
+        else:
+            share = sum(math.ceil(h.numel / world) for h in wanted)
+        every = sum(h.numel for h in wanted)
+        largest = max((h.numel for h in wanted), default=0)
+        standing = share * (width + 4)
+        files = every * (width + 4)
+    if not penalty.measured:
+        return standing, 0, files, 0
+    measuring = share * (4 - width) + share * 4 * (penalty.batch > 1) + 3 * 4 * largest
+    return standing, measuring, files, 4 * every
+
+
 def quantized_bytes(numel: int, storage: str, double: bool) -> tuple[int, int]:
     """Bytes of a tensor in 4 bit, and of what is needed to read it (Dettmers et al. 2023, section 3)."""
     width = WIDTH[storage]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from datetime import datetime, timedelta
 from typing import Any
 
 from ftdist.plan import Plan
@@ -24,6 +25,7 @@ def render(plan: Plan) -> str:
             [f"{plan['strategy']}  trains {trained:,} parameters, {_percent(trained, total)} of the model"],
         ),
         ("", _table(plan["trainable_by_type"])),
+        ("forgetting", [plan["forgetting"]] if "forgetting" in plan else []),
         ("engine", [f"{plan['engine']}, {world}"]),
         ("devices", [plan["devices"]]),
         ("precision", [plan["precision"]]),
@@ -72,6 +74,10 @@ def _forecast(plan: Plan) -> list[tuple[str, list[str]]]:
         about = "about " if plan.get("steps_are_a_guess") else ""
         saves = f", checkpoints: {plan['checkpoints']:,}" if plan.get("checkpoints") else ""
         time.append(f"{about}{plan['total_steps']:,} steps: {seconds(plan['total_seconds'])}{saves}")
+        if plan.get("evaluations"):
+            time.append(f"{plan['evaluations']:,} evaluations: {seconds(plan['evaluation_seconds'])} on top")
+        end = datetime.now() + timedelta(seconds=plan["total_seconds"] + plan.get("evaluation_seconds", 0))
+        time.append(f"started now it ends at {end:%Y-%m-%d %H:%M}")
     if "cost" in plan:
         time.append(f"cost: {plan['cost']:,.2f} for {hardware['devices']} device" + "s" * (hardware["devices"] > 1))
     if plan.get("largest_top_percent"):

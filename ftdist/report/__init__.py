@@ -8,21 +8,28 @@ from ftdist.errors import UserError
 
 
 def write(targets: list[Path], output: Path | None = None) -> Path:
-    """The page's file: RUN/report.html for one run, else `output`. A folder of runs (a sweep) stands for its runs."""
-    from ftdist.report import gather, page, plots
+    """The page's file: RUN/report.html for one run, else `output`. A sweep or a folder of runs stands for them."""
+    from ftdist.report import compare, gather, page, plots
+    from ftdist.sweep.directory import is_sweep
 
     found = [directory for target in targets for directory in _runs(target)]
     names = [directory.resolve() for directory in found]
     if len(set(names)) < len(names):
         raise UserError("report: a run is named twice; name each once")
+    sweep = targets[0] if len(targets) == 1 and is_sweep(targets[0]) else None
+    alone = len(found) == 1 and sweep is None
     runs = [gather.run(directory, name) for directory, name in zip(found, _called(names), strict=True)]
-    place = output or (found[0] if len(found) == 1 else _folder(targets)) / "report.html"
+    place = output or (found[0] if alone else _folder(targets)) / "report.html"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        figures = plots.of_run(runs[0]) if len(runs) == 1 else plots.of_several(runs)
+        if alone:
+            figures = plots.of_run(runs[0])
+        else:
+            several = compare.of_sweep(sweep, runs) if sweep else compare.of_runs(runs)
+            figures = plots.of_several(several.runs, several.own, several.values, several.objective)
         pictures = place.parent / ("plots" if place.name == "report.html" else f"{place.stem}-plots")
         drawn = plots.draw(figures, pictures)
-        text = page.of_run(runs[0], drawn) if len(runs) == 1 else page.of_several(runs, drawn)
+        text = page.of_run(runs[0], drawn) if alone else page.of_several(several, drawn)
         partial = place.with_name(f".{place.name}")
         partial.write_text(text, encoding="utf-8")
         partial.replace(place)
@@ -34,6 +41,14 @@ def write(targets: list[Path], output: Path | None = None) -> Path:
 def _runs(target: Path) -> list[Path]:
     if (target / "config.yaml").is_file():
         return [target]
+    if (target / "sweep.yaml").is_file():
+        from ftdist.sweep import directory
+
+        members = [target / member.name for member in directory.members(target)]
+        begun = [member for member in members if (member / "config.yaml").is_file()]
+        if not begun:
+            raise UserError(f"{target}: no member of this sweep has begun; ftdist resume {target}")
+        return begun
     inside = sorted((p for p in target.glob("*/config.yaml")), key=lambda p: (len(p.parent.name), p.parent.name))
     if not inside:
         raise UserError(

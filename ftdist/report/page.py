@@ -8,18 +8,23 @@ import difflib
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Collection
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from ftdist import rundir
 from ftdist.evaluate import tables
-from ftdist.report import gather
+from ftdist.report import compare
+from ftdist.report.compare import Comparison
 from ftdist.report.gather import Run
 from ftdist.report.plots import MARKS, PAIRS, SERIES
+from ftdist.tracking import duration
 
 DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#ff7b72", "#d29922", "#39c5cf", "#f778ba")
 LONG = 1500  # characters of an answer that are shown
+COLUMNS = 6  # keys that stand in the table of results; more have a table of their own
 EVENTS = 60  # shown, the last ones
 DETAILS = ("grad_norm", "loss_by_rank")  # of events, which their text or the plots say
 STYLE = files(__package__) / "style.css"
@@ -35,7 +40,7 @@ def of_run(run: Run, svgs: dict[str, str]) -> str:
         _section("Answers", _samples(run)),
         _section(
             "Training",
-            _plots(svgs, ("loss", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
+            _plots(svgs, ("loss", "retention", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
             _planned(run),
         ),
         _section("Preferences", _plots(svgs, [name.replace("/", "_") for name in PAIRS])),
@@ -49,18 +54,19 @@ def of_run(run: Run, svgs: dict[str, str]) -> str:
     return _document(run.name, parts)
 
 
-def of_several(runs: list[Run], svgs: dict[str, str]) -> str:
+def of_several(several: Comparison, svgs: dict[str, str]) -> str:
     """The page that compares runs."""
-    every = list(svgs)
+    runs = several.runs
     parts = [
-        f"<h1>{len(runs)} runs</h1>",
-        f'<p class="verdict">{escape(_best(runs))}</p>',
-        _section("Results", _results(runs)),
-        _section("Plots", _plots(svgs, every)),
-        _section("What differs", _differing(runs)),
+        f"<h1>{escape(several.title)}</h1>",
+        f'<p class="verdict">{escape(_best(several))}</p>',
+        _section("Results", _results(several)),
+        _section("Plots", _plots(svgs, list(svgs))),
+        _section("What differs", _differing(several)),
+        _section("The best again", f"<pre>{escape(several.again)}</pre>" if several.again else ""),
         _section("Runs", "".join(f"<p><b>{escape(run.name)}</b>: {escape(_words(run))}</p>" for run in runs)),
     ]
-    return _document(f"{len(runs)} runs", parts)
+    return _document(several.title, parts)
 
 
 def _document(title: str, parts: list[str]) -> str:
@@ -148,9 +154,17 @@ def _words(run: Run) -> str:
                 f"{tables.number(name, base[name])} → {tables.number(name, tuned[name])} ({sure})."
             )
             break
-    if "retention_loss" in tuned and "retention_loss" in base:
-        change = tuned["retention_loss"] - base["retention_loss"]
-        said.append(f"On the retention data its loss {'rose' if change > 0 else 'fell'} by {abs(change):.3g}.")
+    for event in run.events:
+        if event.get("event") in ("early-stop", "overfitting", "best-restored", "best-missing"):
+            text = str(event.get("text") or event.get("reason"))
+            said.append(f"{text[0].upper()}{text[1:]}.")
+    names = [name for name in tuned if name.startswith("retention") and name.endswith("_loss")]
+    for name in names[:-1] if len(names) > 1 else names:  # the last of several is their mean
+        if None not in (tuned[name], base.get(name)):
+            change = tuned[name] - base[name]
+            which = name.removeprefix("retention_").removesuffix("_loss") if len(names) > 1 else ""
+            data = f"retention data {which}".strip()
+            said.append(f"On the {data} its loss {'rose' if change > 0 else 'fell'} by {abs(change):.3g}.")
     shared = metrics.get("overlap") or {}
     if shared.get("rows"):
         said.append(
@@ -168,20 +182,25 @@ def _words(run: Run) -> str:
     return " ".join(said)
 
 
-def _best(runs: list[Run]) -> str:
-    for name, sign in (("extracted_match", 1), ("exact_match", 1), ("loss", -1)):
-        scored = [(run.metrics["tuned"][name] * sign, run) for run in runs
-                  if run.metrics.get("tuned", {}).get(name) is not None]  # fmt: skip
-        if len(scored) > 1:
-            _, best = max(scored, key=lambda pair: pair[0])
-            value = best.metrics["tuned"][name]
-            by = name.replace("_", " ")
-            return f"Best by {by} of {len(scored)} evaluated runs: {best.name} ({tables.number(name, value)})."
-    held = [(run.held_out[-1]["eval_loss"], run) for run in runs if run.held_out and run.held_out[-1].get("eval_loss")]
-    if held:
-        value, best = min(held, key=lambda pair: pair[0])
-        return f"Lowest held-out loss of {len(held)} runs: {best.name} ({value:.4g})."
-    return "No run has been evaluated yet."
+def _best(several: Comparison) -> str:
+    ranked = [run for run in several.runs if several.values.get(run.name) is not None]
+    members = several.members or [{"state": "finished" if run.finished else "not finished"} for run in several.runs]
+    counts = Counter(member["state"] for member in members)
+    count = ", ".join(f"{number} {state}" for state, number in counts.items())
+    if not ranked:
+        return f"{count}. No run has {several.objective} yet."
+    value = _number_of(several.objective, several.values[ranked[0].name])
+    which = "Lowest" if several.direction == "minimize" else "Highest"
+    return f"{which} {_called(several.objective)} of {len(ranked)} runs: {ranked[0].name} ({value}). {count}."
+
+
+def _called(objective: str) -> str:
+    names = {"eval_loss": "held-out loss", "tuned.loss": "loss after training"}
+    return names.get(objective, objective.removeprefix("tuned.").replace("_", " "))
+
+
+def _number_of(objective: str, value: float | None) -> str:
+    return tables.number(objective.removeprefix("tuned."), value) if objective != "eval_loss" else _quantity("", value)
 
 
 # --- parts of one run -----------------------------------------------------------------------------
@@ -385,45 +404,82 @@ def _again(run: Run) -> str:
 # --- several runs ---------------------------------------------------------------------------------
 
 
-def _results(runs: list[Run]) -> str:
-    names = list(dict.fromkeys(n for run in runs for n in run.metrics.get("tuned", {}) if n not in ("rows", "empty")))
+def _results(several: Comparison) -> str:
+    """A row a run, best first: what is its own in the configuration, what came out, what it took."""
+    runs, objective = several.runs, several.objective
+    tuned = {run.name: run.metrics.get("tuned", {}) for run in runs}
+    shown = objective.removeprefix("tuned.") if objective != "eval_loss" else None
+    names = [n for n in dict.fromkeys(n for each in tuned.values() for n in each) if n not in ("rows", "empty", shown)]
+    keys = _own_keys(several)
+    keys = keys if len(keys) <= COLUMNS else []
+    members = {member["name"]: member for member in several.members}
+    costs = {run.name: compare.took(run, members.get(run.name, {}).get("seconds")) for run in runs}
+    priced = any(cost["cost"] is not None for cost in costs.values())
     rows = []
-    for run in runs:
-        last = run.steps[-1] if run.steps else {}
+    for place, run in enumerate(runs, 1):
+        cost, value = costs[run.name], several.values.get(run.name)
+        state = members.get(run.name, {}).get("state") or ("finished" if run.finished else "not finished")
         held = run.held_out[-1].get("eval_loss") if run.held_out else None
-        tuned = run.metrics.get("tuned", {})
-        state = "finished" if run.finished else "not finished"
-        rows.append([escape(run.name), state, str(last.get("step", "–")), _quantity("loss", last.get("loss")),
-                     _quantity("loss", held), _quantity("", last.get("tokens_per_second")),
-                     *(tables.number(n, tuned.get(n)) for n in names)])  # fmt: skip
-    return _table(["run", "", "steps", "last loss", "held-out loss", "tokens/s", *names], rows, numbers=True)
+        row = [f"{'' if value is None else f'{place}. '}{escape(run.name)}", _number_of(objective, value)]
+        row += [_kept(_value(several.own[run.name].get(key))) for key in keys]
+        row += [] if objective == "eval_loss" else [_quantity("", held)]
+        row += [tables.number(name, tuned[run.name].get(name)) for name in names]
+        row += [str(run.steps[-1]["step"]) if run.steps else "–", _quantity("", cost["tokens_per_second"])]
+        row += [_quantity("bytes", cost["device_peak_bytes"])]
+        row += ["–" if cost["seconds"] is None else duration(cost["seconds"])]
+        row += [("–" if cost["cost"] is None else f"{cost['cost']:,.2f}")] if priced else []
+        rows.append([*row, _kept(state)])
+    head = ["run", escape(_called(objective)), *(_short(key, keys) for key in keys)]
+    head += [] if objective == "eval_loss" else ["held-out loss"]
+    head += [*(escape(name.replace("_", " ")) for name in names), "steps", "tokens/s", "peak memory", "time"]
+    head += ["cost"] if priced else []
+    told = [m for m in several.members if m["reason"] or m["name"] not in tuned]
+    said = "".join(f"<li>{escape(m['name'])}: {escape(m['state'])}{escape(_because(m))}</li>" for m in told)
+    words = [0, *range(2, 2 + len(keys)), len(head)]
+    return _table([*head, ""], rows, numbers=True, words=words) + (f"<ul>{said}</ul>" if said else "")
 
 
-def _differing(runs: list[Run]) -> str:
-    configs = [gather.flat(run.config) for run in runs]
-    keys = list(dict.fromkeys(key for config in configs for key in config))
-    rows = []
-    for key in keys:
-        values = [config.get(key) for config in configs]
-        if key != "run_dir" and any(value != values[0] for value in values[1:]):
-            rows.append([f"<code>{escape(key)}</code>", *(escape(_value(value)) for value in values)])
-    return (
-        _table(["key", *(escape(run.name) for run in runs)], rows)
-        if rows
-        else "<p>Nothing: the configurations are the same.</p>"
-    )
+def _short(key: str, keys: list[str]) -> str:
+    """The last part of a key where it is enough."""
+    last = key.rpartition(".")[2]
+    alone = sum(other.rpartition(".")[2] == last for other in keys) == 1
+    return f'<code title="{escape(key)}">{escape(last if alone else key)}</code>'
+
+
+def _kept(text: str) -> str:
+    """On one line, if it is short."""
+    return f'<span class="kind">{escape(text)}</span>' if len(text) < 30 else escape(text)
+
+
+def _own_keys(several: Comparison) -> list[str]:
+    return list(dict.fromkeys(key for own in several.own.values() for key in own))
+
+
+def _because(member: dict[str, Any]) -> str:
+    return f" ({member['reason']})" if member["reason"] else ""
+
+
+def _differing(several: Comparison) -> str:
+    keys = _own_keys(several)
+    if not keys:
+        return "<p>Nothing: the configurations are the same.</p>"
+    if len(keys) <= COLUMNS:
+        return ""  # the results have them
+    own = several.own.values()
+    rows = [[f"<code>{escape(key)}</code>", *(escape(_value(each.get(key))) for each in own)] for key in keys]
+    return _table(["key", *(escape(name) for name in several.own)], rows)
 
 
 # --- small ----------------------------------------------------------------------------------------
 
 
-def _table(head: list[str], rows: list[list[str]], numbers: bool = False) -> str:
-    """Cells are HTML already. numbers: all columns but the first stand right."""
+def _table(head: list[str], rows: list[list[str]], numbers: bool = False, words: Collection[int] = (0,)) -> str:
+    """Cells are HTML already. numbers: all columns but `words` stand right."""
     if not rows:
         return ""
 
     def cell(tag: str, i: int, text: str) -> str:
-        return f"<{tag}{' class=n' if numbers and i else ''}>{text}</{tag}>"
+        return f"<{tag}{' class=n' if numbers and i not in words else ''}>{text}</{tag}>"
 
     top = "".join(cell("th", i, text) for i, text in enumerate(head)) if any(head) else ""
     body = "".join(f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows)

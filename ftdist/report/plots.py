@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ INK, GRID, SERIES = ("#1f2328", "#010203"), ("#d8dee4", "#010204"), [
 ]  # fmt: skip
 # Event → mark and colour; anything else is a fault of some kind.
 MARKS = {"start": ("o", 0), "resume": ("^", 3), "restart": ("^", 3), "checkpoint": ("|", 2), "stopped": ("s", 5),
-         "finished": ("*", 2)}  # fmt: skip
+         "finished": ("*", 2), "early-stop": ("s", 0), "best-restored": ("D", 2), "overfitting": ("v", 1)}  # fmt: skip
 FAULT = ("X", 4)
+COLOURED = 8  # runs that have a colour and a name in a plot, the best ones
+AXES = 7  # of parallel coordinates, beside the objective's
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def of_run(run: Run) -> dict[str, Plot]:
     for name, label in PAIRS.items():
         _curve(found, curves, name.replace("/", "_"), name, label)
     _while_training(found, run)
+    _kept(found, run)
     _differences(found, run)
     _trade(found, {run.name: run})
     _time_line(found, run)
@@ -76,20 +80,83 @@ PAIRS = {
 }  # of task=dpo
 
 
-def of_several(runs: list[Run]) -> dict[str, Plot]:
-    """Name → plot that compares."""
+def of_several(
+    runs: list[Run], own: dict[str, dict[str, Any]], values: dict[str, float | None], objective: str
+) -> dict[str, Plot]:
+    """Name → plot that compares `runs`, the best first. own: run name → what it differs in; values: its objective."""
     found: dict[str, Plot] = {}
     curves = {run.name: run for run in runs}
-    _curve(found, curves, "loss", "loss", "loss (nats a token)")
     _curve(found, curves, "held_out_loss", "eval_loss", "held-out loss")
+    _curve(found, curves, "loss", "loss", "loss (nats a token)")
+    _coordinates(found, own, values, objective)
     _curve(found, curves, "gradient_norm", "grad_norm", "gradient norm")
     _curve(found, curves, "throughput", "tokens_per_second", "tokens/s, all ranks")
     _trade(found, curves)
     return found
 
 
+def _coordinates(
+    found: dict[str, Plot], own: dict[str, dict[str, Any]], values: dict[str, float | None], objective: str
+) -> None:
+    """Parallel coordinates: an axis for each key that differs and one for the objective, a line a run."""
+    names = [name for name in own if values.get(name) is not None]
+    keys = list(own[names[0]])[:AXES] if names else []
+    if len(names) < 2 or not keys:
+        return
+    columns = {key: [own[name].get(key) for name in names] for key in keys}
+    columns[objective] = [values[name] for name in names]
+    scales = [_scale(column) for column in columns.values()]
+
+    def draw(axes: Any, palette: Palette) -> None:
+        for x, (marks, _) in enumerate(scales):
+            axes.axvline(x, color=palette.grid, linewidth=1, zorder=1)
+            for y, text in marks:
+                axes.text(x + 0.03, y, _cut(text, 14), fontsize=6.5, color=palette.ink, va="bottom", zorder=20)
+        for number, name in enumerate(names):
+            heights = [scale[1][number] for scale in scales]
+            colour, label = (palette.line(number), _cut(name)) if number < COLOURED else (palette.grid, None)
+            width, order = (2.4, 12) if number == 0 else (1.2, 11 - min(number, 9))
+            axes.plot(range(len(scales)), heights, color=colour, linewidth=width, zorder=order, label=label)
+        axes.set_xticks(range(len(scales)), [_cut(name.rpartition(".")[2], 16) for name in columns])
+        axes.set_yticks([])
+        axes.set_ylim(-0.08, 1.12)
+        axes.set_xlim(-0.15, len(scales) - 0.6)
+        axes.grid(False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        axes.legend(frameon=False, fontsize=6.5, labelcolor=palette.ink, ncols=2, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.08))  # fmt: skip
+
+    best = ", ".join(f"{key} {_said(column[0])}" for key, column in columns.items())
+    words = f"parallel coordinates of {len(names)} runs over {', '.join(columns)}; the best: {best}"
+    found["coordinates"] = Plot("what made the difference", words, draw, 2.9)
+
+
+def _scale(column: list[Any]) -> tuple[list[tuple[float, str]], list[float]]:
+    """(height, text) of an axis's marks, and each value's height between 0 and 1.
+
+    Numbers over more than a decade stand by their logarithm; what is no number by its order of appearance.
+    """
+    numbers = [v for v in column if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) < len(column):
+        names = list(dict.fromkeys(map(_said, column)))
+        places = {name: i / max(1, len(names) - 1) if len(names) > 1 else 0.5 for i, name in enumerate(names)}
+        return [(y, name) for name, y in places.items()], [places[_said(value)] for value in column]
+    low, high = min(numbers), max(numbers)
+    measure: Callable[[float], float] = math.log if low > 0 and high / low > 10 else float
+    span = measure(high) - measure(low)
+    heights = [(measure(v) - measure(low)) / span if span else 0.5 for v in numbers]
+    shown = sorted(set(numbers)) if len(set(numbers)) <= 5 else [low, high]
+    marks = [((measure(v) - measure(low)) / span if span else 0.5, _said(v)) for v in shown]
+    return marks, heights
+
+
+def _said(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, label: str) -> None:
-    """`key` over steps, a line a run; of one run's loss, the held-out loss too."""
+    """`key` over steps, a line a run; of one run's loss, its parts and the held-out loss too."""
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for run_name, run in runs.items():
         rows = [row for row in (run.held_out if key == "eval_loss" else run.steps) if row.get(key) is not None]
@@ -102,6 +169,10 @@ def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, la
         (run,) = runs.values()
         if lines:
             lines = {"training": lines.popitem()[1]}
+        for part in ("target", "general") if key == "loss" else ():  # with replay
+            rows = [row for row in run.steps if row.get(f"loss_{part}") is not None]
+            if rows:
+                lines[part] = ([row["step"] for row in rows], [row[f"loss_{part}"] for row in rows])
         rows = [row for row in run.held_out if row.get(f"eval_{key}") is not None]
         if rows:
             lines["held out"] = ([row["step"] for row in rows], [row[f"eval_{key}"] for row in rows])
@@ -111,7 +182,9 @@ def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, la
     def draw(axes: Any, palette: Palette) -> None:
         for number, (title, (x, y)) in enumerate(lines.items()):
             mark = "o" if len(x) < 3 or title == "held out" else None
-            axes.plot(x, y, color=palette.line(number), label=_cut(title), marker=mark, markersize=3.5, linewidth=1.4)
+            colour, named = (palette.line(number), _cut(title)) if number < COLOURED else (palette.grid, None)
+            order = len(lines) - number if number < COLOURED else 0
+            axes.plot(x, y, color=colour, label=named, marker=mark, markersize=3.5, linewidth=1.4, zorder=2 + order)
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)
@@ -145,11 +218,38 @@ def _while_training(found: dict[str, Plot], run: Run) -> None:
     found["answers"] = Plot("answers while training", f"held-out answers over steps: {words}", draw)
 
 
+def _kept(found: dict[str, Plot], run: Run) -> None:
+    """Losses on the retention sets at every evaluation, the base's first."""
+    names = {key for row in run.held_out for key in row if re.fullmatch(r"eval_retention(_.+)?_loss", key)}
+    if len(names) > 1:
+        names.discard("eval_retention_loss")  # their mean
+    lines = {}
+    for name in sorted(names):
+        rows = [(row["step"], row[name]) for row in run.held_out if row.get(name) is not None]
+        title = name.removeprefix("eval_").removesuffix("_loss").removeprefix("retention_").replace("_", " ")
+        if rows:
+            lines[title] = rows
+    if not lines:
+        return
+
+    def draw(axes: Any, palette: Palette) -> None:
+        for number, (name, rows) in enumerate(lines.items()):
+            x, y = zip(*rows, strict=True)
+            axes.plot(x, y, color=palette.line(number), label=_cut(name), marker="o", markersize=3.5, linewidth=1.4)
+            axes.axhline(y[0], color=palette.line(number), linewidth=0.8, linestyle="--")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss on general data")
+        axes.legend(frameon=False, fontsize=7, labelcolor=palette.ink)
+
+    words = "; ".join(f"{name} from {rows[0][1]:.4g} to {rows[-1][1]:.4g}" for name, rows in lines.items())
+    found["retention"] = Plot("retention while training", f"loss on general data over steps: {words}", draw)
+
+
 def _differences(found: dict[str, Plot], run: Run) -> None:
     """tuned − base in points of a hundred, with intervals."""
     rows = []
     for name, d in run.metrics.get("difference", {}).items():
-        if name.endswith(("loss", "perplexity")) or name.startswith("g_eval") or d.get("low") is None:
+        if name.endswith(("loss", "perplexity", "token_accuracy")) or name.startswith("g_eval") or d.get("low") is None:
             continue
         scale = 1 if name in ("bleu", "chrf") else 100
         rows.append((name, d["difference"] * scale, d["low"] * scale, d["high"] * scale))
@@ -177,7 +277,8 @@ def _trade(found: dict[str, Plot], runs: dict[str, Run]) -> None:
     points = {}
     for name, run in runs.items():
         base, tuned = run.metrics.get("base", {}), run.metrics.get("tuned", {})
-        values = [m.get(key) for key in ("loss", "retention_loss") for m in (base, tuned)]
+        of_sets = [key for key in tuned if key.startswith("retention") and key.endswith("_loss")]
+        values = [m.get(key) for key in ("loss", *(of_sets[-1:] or [""])) for m in (base, tuned)]  # the mean of several
         if None not in values:
             points[name] = (values[3] - values[2], values[1] - values[0])
     if not points:
@@ -282,4 +383,5 @@ def _inline(svg: str, name: str, alt: str) -> str:
 def _cut(text: str, width: int = 34) -> str:
     """A label that leaves room for the plot; matplotlib hides labels that begin with an underscore."""
     text = text.lstrip("_").replace("$", r"\$")
-    return text if len(text) <= width else "…" + text[1 - width :]
+    head = width // 3
+    return text if len(text) <= width else f"{text[:head]}…{text[head + 1 - width :]}"

@@ -1,84 +1,9 @@
-"""A process that forks starts of the worker, runs made with it, and how two runs are compared bit by bit."""
+"""Runs made by forked starts of the worker, and the table of the faults that were done to them."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from runs import BASE, last_words
-
-
-class Forks:
-    """The forking process; one for a test session's worker."""
-
-    def __init__(self, environment, errors):
-        self.errors = errors
-        self.pending = []
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("forks.py")],
-            env=environment | {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors.open("a"),
-            text=True,
-        )
-        assert self._answer() == {"ready": True}
-
-    def _answer(self):
-        line = self.process.stdout.readline()
-        assert line, self.errors.read_text()[-3000:]
-        return json.loads(line)
-
-    def _ask(self, **command):
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self._answer()["pids"]
-
-    def freeze(self, run_dir, *words):
-        """A run directory, ready to be started."""
-        self._ask(freeze=[*words, f"run_dir={run_dir}"])
-        assert self._answer()["statuses"] == [0], self.errors.read_text()[-3000:]
-        return run_dir
-
-    def change(self, run_dir, *words):
-        """The first half of `ftdist resume RUN words`: the status of the process."""
-        self._ask(change=str(run_dir), words=list(words))
-        return self._answer()["statuses"][0]
-
-    def begin(self, run_dir, world=2):
-        """Start the ranks; their pids."""
-        self.pending = self._ask(start=str(run_dir), world=world)
-        return self.pending
-
-    def end(self):
-        """The statuses of the ranks that were begun last."""
-        statuses = self._answer()["statuses"]
-        self.pending = []
-        return statuses
-
-    def clear(self):
-        """End what a failed test has left running."""
-        for pid in self.pending:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if self.pending:
-            self.end()
-
-    def start(self, run_dir, world=2):
-        self.begin(run_dir, world)
-        return self.end()
-
-
-@pytest.fixture(scope="session")
-def forks(environment, tmp_path_factory):
-    forks = Forks(environment, tmp_path_factory.mktemp("forks") / "errors.log")
-    yield forks
-    forks.process.stdin.close()
-    forks.process.wait(timeout=60)
 
 
 @pytest.fixture(autouse=True)

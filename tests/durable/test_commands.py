@@ -92,3 +92,15 @@ def test_terminated_under_somebody_elses_launcher(start, run, words, untouched, 
     finished = run("resume", run_dir, *local)
     assert finished.status == 0 and finished.run_dir == run_dir, finished
     same(run_dir, untouched(strategy, engine, *LONG))
+
+
+@pytest.mark.slow
+def test_the_proof_that_users_run(run, words):
+    """`ftdist doctor --fault-drill` on a model and engine of one's own."""
+    own = [word for word in words("lora", "zero2") if not word.startswith("train.max_steps=")]
+    finished = run("doctor", "--fault-drill", "--kills", "3", *own, timeout=900)
+    assert finished.status == 0, finished
+    assert finished.stdout.splitlines()[-1] == (
+        "3 kills: the same losses in every step, the same bits in the final weights"
+    )
+    assert finished.stdout.count("inside a save") == 1

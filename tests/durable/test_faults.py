@@ -65,16 +65,17 @@ def test_a_signal_to_one_rank_stops_all(forks, words, untouched, tmp_path, numbe
 
 
 def test_a_stop_during_an_evaluation(forks, words, untouched, tmp_path):
-    """The evaluation is given up, the next start makes it."""
-    keys = ("train.eval_strategy=steps", "train.eval_steps=2", "train.per_device_eval_batch_size=1")
+    """The evaluation, a long one, is given up; the next start makes it."""
+    keys = ("train.eval_strategy=steps", "train.eval_steps=2", "train.per_device_eval_batch_size=1",
+            "data.validation_share=0.9")  # fmt: skip
     run_dir = forks.freeze(tmp_path / "run", *words("full", "zero3", *keys))
-    request = run_dir / "stop.json"
     forks.begin(run_dir)
-    until(lambda: (run_dir / ".training").exists())
-    request.write_text(json.dumps({"reason": "asked"}))
-    statuses = forks.end()
-    if statuses == [75, 75]:
-        assert forks.start(run_dir) == [0, 0], last_words(run_dir)  # the request was for the start that it stopped
+    until(lambda: steps_done(run_dir) >= 2)  # told before the evaluation begins
+    (run_dir / "stop.json").write_text(json.dumps({"reason": "asked"}))
+    assert forks.end() == [75, 75], last_words(run_dir)
+    saved = json.loads((run_dir / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    assert saved["evaluation_pending"] and not any("eval_loss" in row for row in metrics(run_dir))
+    assert forks.start(run_dir) == [0, 0], last_words(run_dir)  # the request was for the start that it stopped
     same(run_dir, untouched("full", "zero3", *keys))
 
 

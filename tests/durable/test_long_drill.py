@@ -1,11 +1,13 @@
 """The long drill (`make drill`): every fault many times, over strategies and engines; ends with a table."""
 
+import errno
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 from drills import DAMAGES, LONG, committed, drill, kill, steps_done, until
@@ -17,6 +19,21 @@ from ftdist.errors import UserError
 pytestmark = pytest.mark.slow
 CELLS = [(s, e) for s in ("full", "lora", "qlora", "spectrum") for e in ("ddp", "zero2", "zero3")]
 KILLS, SIGNALS, DAMAGED = 17, 2, 2  # in each of the 12 cells: 204 kills, 24 of each signal, 24 of each damage
+
+
+RACER = """
+import sys
+from pathlib import Path
+from ftdist import errors, lease
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    lease.take(Path(sys.argv[1]))
+    print("taken", flush=True)
+except errors.UserError:
+    print("refused", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -84,6 +101,18 @@ def test_damage(forks, prepared, counted, strategy, engine, tmp_path):
         counted(f"newest checkpoint: {name}", engine, DAMAGED)
 
 
+def fill(ballast, left):
+    """Take what the file system has but `left` bytes; the run takes from it at the same time, so try again."""
+    with ballast.open("wb") as file:
+        while True:
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(ballast.parent).free - left))
+                return
+            except OSError as failure:
+                if failure.errno != errno.ENOSPC:
+                    raise
+
+
 @pytest.mark.parametrize(("strategy", "engine"), CELLS)
 def test_full_disk(forks, words, untouched, counted, tmp_path, request, strategy, engine):
     """The disk is full from a moment on, and has room again later: the run goes on without saves, then with them."""
@@ -99,9 +128,7 @@ def test_full_disk(forks, words, untouched, counted, tmp_path, request, strategy
         pids = forks.begin(run_dir)
         until(lambda: (run_dir / ".training").exists() and steps_done(run_dir) >= 1)
         ballast = disk / "ballast"
-        with ballast.open("wb") as file:
-            free = shutil.disk_usage(disk).free
-            os.posix_fallocate(file.fileno(), 0, max(1, free - (200 << 10)))
+        fill(ballast, 200 << 10)
         failures = len(events(run_dir, "save-failed"))
         until(lambda n=failures: len(events(run_dir, "save-failed")) > n or (run_dir / "outcome.json").exists())
         ballast.unlink()
@@ -116,9 +143,20 @@ def test_full_disk(forks, words, untouched, counted, tmp_path, request, strategy
 
 @pytest.mark.parametrize(("strategy", "engine"), CELLS)
 def test_two_starts_at_once(forks, prepared, counted, strategy, engine):
-    """Whoever comes second is refused and changes nothing, even when the first stands still."""
+    """Of several starts in one moment one gets the run; a later one is refused, even while that one stands still."""
     run_dir, expected = prepared(strategy, engine)
     for _ in range(DAMAGED):
+        racers = [
+            subprocess.Popen([sys.executable, "-c", RACER, run_dir], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for _ in range(3)
+        ]
+        assert all(racer.stdout.readline() == b"ready\n" for racer in racers)
+        for racer in racers:
+            racer.stdin.write(b"go\n")
+            racer.stdin.flush()
+        assert sorted(racer.stdout.readline() for racer in racers) == [b"refused\n", b"refused\n", b"taken\n"]
+        for racer in racers:
+            racer.communicate()
         pids = forks.begin(run_dir)
         until(lambda pids=pids: lease.read(run_dir).pid in pids)
         kill(pids, signal.SIGSTOP)
@@ -129,4 +167,4 @@ def test_two_starts_at_once(forks, prepared, counted, strategy, engine):
         forks.end()
     assert forks.start(run_dir) == [0, 0], last_words(run_dir)
     same(run_dir, expected)
-    counted("a second start while one is alive", engine, DAMAGED)
+    counted("starts at once, and one while another is alive", engine, DAMAGED)

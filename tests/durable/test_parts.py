@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -83,17 +85,17 @@ def test_a_manifest_without_a_rank_is_broken(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_not_taken(tmp_path):
     manifest(tmp_path / "checkpoints")
-    assert keeper.choose(tmp_path, Ranks(), "a")[0].name == "step-00000003"
+    assert keeper.choose(tmp_path, Ranks(), token_of(tmp_path), "a")[0].name == "step-00000003"
     with pytest.raises(Failed, match="no checkpoint that can be trusted") as failure:
-        keeper.choose(tmp_path, Ranks(), "b")
+        keeper.choose(tmp_path, Ranks(), token_of(tmp_path), "b")
     assert failure.value.status == FENCED
 
 
 def test_lost_checkpoints_are_no_new_beginning(tmp_path):
-    assert keeper.choose(tmp_path, Ranks(), "a") is None
+    assert keeper.choose(tmp_path, Ranks(), token_of(tmp_path), "a") is None
     (tmp_path / keeper.BEGUN).touch()
     with pytest.raises(Failed, match="checkpoints/ is gone") as failure:
-        keeper.choose(tmp_path, Ranks(), "a")
+        keeper.choose(tmp_path, Ranks(), token_of(tmp_path), "a")
     assert failure.value.status == FENCED
 
 
@@ -166,9 +168,14 @@ def test_a_state_that_cannot_be_saved_is_refused(tmp_path):
         saved_and_restored(lambda p: Odd(p, lr=0.1), tmp_path)
 
 
+def token_of(tmp_path):
+    held = lease.read(tmp_path)
+    return held.token if held else lease.take(tmp_path).token
+
+
 def health(tmp_path, **keys):
     usual = {"nonfinite": "stop", "spike": "ignore", "spike_factor": 5.0, "no_tokens": "stop", "first_loss": "warn"}
-    return Health(tmp_path, True, **usual | keys)
+    return Health(tmp_path, token_of(tmp_path), True, **usual | keys)
 
 
 def told(tmp_path):
@@ -186,6 +193,20 @@ def test_health_of_gradients(tmp_path, capsys):
         health(tmp_path).may_apply(1, math.inf)
     assert failure.value.status == FENCED
     assert health(tmp_path, nonfinite="warn").may_apply(1, math.nan)
+
+
+def test_who_was_taken_over_writes_nothing_more(tmp_path):
+    old = health(tmp_path, nonfinite="roll_back")
+    lease.release(tmp_path, old.token)
+    token = lease.take(tmp_path).token
+    with pytest.raises(Failed, match="taken over") as failure:
+        old.may_apply(7, math.nan)
+    assert failure.value.status == FENCED
+    with pytest.raises(Failed, match="taken over"):
+        rundir.leave_out(tmp_path, old.token, 7)
+    assert not (tmp_path / "events.jsonl").exists() and rundir.left_out(tmp_path) == []
+    rundir.record(tmp_path, token, "start", 0)
+    assert told(tmp_path) == ["start"]
 
 
 def test_a_roll_back_leaves_the_step_out_next_time(tmp_path):
@@ -284,3 +305,17 @@ def test_secrets_of_the_command_line_are_not_kept(monkeypatch):
     kept = rundir.environment()["command"]
     assert kept[2] == "data.path=https://***@host/x.jsonl" and kept[3] == "tracking.api_key=***"
     assert kept[4] == "model.path=a@b"
+
+
+def test_a_rank_that_fails_gives_the_lease_back(tmp_path):
+    """Under a foreign launcher nobody else does; the process ends without its `finally` blocks."""
+    script = (
+        "import sys; from pathlib import Path; from ftdist import lease, worker\n"
+        "run = Path(sys.argv[1]); token = lease.take(run).token\n"
+        "def broken(run_dir): raise RuntimeError('out of luck')\n"
+        "worker.train = broken\n"
+        "worker.main(run, at_failure=lambda: lease.release(run, token))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "rank 0: RuntimeError: out of luck" in done.stderr
+    assert lease.read(tmp_path).released

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from matrix import STEPS, Cell, overrides
+from matrix import BY_COMMAND, STEPS, Cell, overrides
 
 
 def hashes(directory):
@@ -16,18 +16,30 @@ def hashes(directory):
 
 
 @pytest.fixture(scope="session")
-def cell(run, small, model, shared):
-    """`cell(strategy, engine)`: that finished run. Workers share runs; who comes second waits for the first."""
+def cell(run, forks, small, model, shared):
+    """`cell(strategy, engine)`: that finished run. Workers share runs; who comes second waits for the first.
+
+    By the console script where `BY_COMMAND` has it, elsewhere by the same steps in forked processes.
+    """
     folder = shared / "cells"
     folder.mkdir(exist_ok=True)
 
-    def made(name, words):
+    def made(run_dir, words, by_command, processes):
         before, began = hashes(model), time.monotonic()
-        finished = run("train", *small, *words, f"run_dir={folder / name}")
+        given = (*small, *words)
+        if by_command:
+            finished = run("train", *given, f"run_dir={run_dir}")
+            status, said = finished.status, finished.stdout + finished.stderr
+        else:
+            forks.freeze(run_dir, *given)
+            statuses = forks.start(run_dir, processes)
+            status, said = max(map(abs, statuses)), "\n".join(f.read_text() for f in (run_dir / "logs").glob("*.log"))
+            if status == 0:
+                forks.finish(run_dir)
         return {
             "seconds": time.monotonic() - began,
-            "status": finished.status,
-            "said": finished.stdout + finished.stderr,
+            "status": status,
+            "said": said,
             "base_untouched": before == hashes(model),
         }
 
@@ -37,9 +49,12 @@ def cell(run, small, model, shared):
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             known = file.read()
-            result = json.loads(known) if known else made(name, overrides(strategy, engine, **changes))
             if not known:
-                json.dump(result, file)
+                by_command = (strategy, engine) in BY_COMMAND and not changes
+                words = overrides(strategy, engine, **changes)
+                known = json.dumps(made(folder / name, words, by_command, 1 if engine == "single" else 2))
+                file.write(known)
+            result = json.loads(known)
         assert result["status"] == 0, result["said"]
         return Cell(Path(folder, name), result["seconds"], result["base_untouched"])
 

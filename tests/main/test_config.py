@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 CONF = Path(__file__).parents[2] / "conf"
-AT_LEAST = {"chat": 1, "checkpoint": 1, "cluster": 2, "data": 3, "engine": 7, "eval": 2, "experiment": 9, "export": 1,
-            "hardware": 10, "health": 1, "model": 11, "strategy": 4, "task": 1, "tracking": 2, "train": 1}  # fmt: skip
+AT_LEAST = {"chat": 1, "checkpoint": 1, "cluster": 2, "data": 3, "engine": 7, "eval": 2, "experiment": 10, "export": 1,
+            "forgetting": 2, "hardware": 10, "health": 1, "model": 11, "stopping": 1, "strategy": 4, "sweep": 3,
+            "task": 2, "tracking": 2, "train": 1}  # fmt: skip
 SHIPPED = sorted(str(file.relative_to(CONF)) for file in CONF.rglob("*.yaml"))
 NEEDED = {  # choices that leave a value to the user
     "data/custom": ["data.path=x"],
@@ -23,6 +24,7 @@ NEEDED = {  # choices that leave a value to the user
     "model/default": ["model.path=x"],
     "cluster/outside": ["cluster.nodes=1", "cluster.processes=1"],
     "engine/zero3_nvme": ["engine.nvme_path=x"],
+    "sweep/search": ["sweep.space={seed: [1,2]}"],
 }
 
 # words → what the one line on stderr must say
@@ -109,7 +111,7 @@ REFUSED = {
     "cluster.nodes=2": ("cluster.nodes=2",),
     "engine=single cluster.processes=2": ("engine=single", "ddp"),
     "engine=zero3_nvme": ("engine.nvme_path", "missing"),
-    "engine=zero3_nvme engine.nvme_path=nowhere": ("zero3_nvme",),
+    "engine=zero3_nvme engine.nvme_path=nowhere": ("nvme",),  # no libaio, or no such directory
     "model.dtype=float8": ("model.dtype=float8", "bfloat16"),
     "model.attn_implementation=flash_attention_2": ("model.attn_implementation=flash_attention_2", "sdpa"),
     "data.format=alpca": ("data.format=alpca", "alpaca"),

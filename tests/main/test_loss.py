@@ -131,7 +131,7 @@ def rows(lengths, seed=0):
     return made
 
 
-def trainer(model, directory, data, *, packing=False, loss_type="nll", **arguments):
+def trainer(model, directory, data, *, packing=False, loss_type="nll", replay=False, **arguments):
     settings = {
         "output_dir": str(directory),
         "use_cpu": True,
@@ -155,12 +155,13 @@ def trainer(model, directory, data, *, packing=False, loss_type="nll", **argumen
         args=TrainingArguments(**settings),
         packing=packing,
         loss_type=loss_type,
+        replay=replay,
         trainable=models.trainable_elements(model),
         train_dataset=data,
         eval_dataset=data,
         data_collator=lambda batch: collate(batch, 0),
-        keeper=Keeper(directory, Ranks(), token, {}, stops.Limit(None), lambda step: None, **DEFAULTS["checkpoint"]),
-        health=Health(directory, True, **{key: DEFAULTS["health"][key] for key in keys_of(Health.__init__)}),
+        keeper=Keeper(directory, Ranks(), token, {}, 0, stops.Limit(None), lambda step: None, **DEFAULTS["checkpoint"]),
+        health=Health(directory, token, True, **{key: DEFAULTS["health"][key] for key in keys_of(Health.__init__)}),
     )
 
 

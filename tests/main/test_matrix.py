@@ -1,4 +1,4 @@
-"""Every strategy under every engine that a CPU can run, through the console script, in float32."""
+"""Every strategy under every engine that a CPU can run, in float32; one engine of each through the console script."""
 
 import json
 import math

@@ -175,13 +175,14 @@ def test_frozen_weights_have_no_gradient_and_no_optimizer_state(model, tmp_path)
     from ftdist.strategies import Recipe
     from ftdist.trainer import TokenTrainer, collate
 
+    token = lease.take(tmp_path).token
     quiet = Keeper(
-        tmp_path, Ranks(), lease.take(tmp_path).token, {}, stops.Limit(None), lambda step: None,
+        tmp_path, Ranks(), token, {}, 0, stops.Limit(None), lambda step: None,
         every_steps=None, every_minutes=None, keep_last=1, keep_best=0, keep_every=None,
         background=False, max_failed_saves=0,
     )  # fmt: skip
     warns = Health(
-        tmp_path, True, nonfinite="warn", spike="warn", spike_factor=10.0, no_tokens="warn", first_loss="warn"
+        tmp_path, token, True, nonfinite="warn", spike="warn", spike_factor=10.0, no_tokens="warn", first_loss="warn"
     )
     wanted = frozenset({"model.layers.1.mlp.up_proj.weight", "lm_head.weight"})
     loaded = models.load(

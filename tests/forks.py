@@ -2,7 +2,8 @@
 
 Reads a JSON line a command, answers with JSON lines. `{"freeze": [words]}` makes a run directory as `ftdist train`
 does before it launches. `{"start": RUN, "world": N}` starts the ranks as torchrun would (the same variables; one rank
-that fails ends the others), answers with their pids and, when all have ended, with their statuses.
+that fails ends the others), answers with their pids and, when all have ended, with their statuses. `{"finish": RUN}`
+does what follows training.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ def preload():
 def freeze(words):
     from ftdist import compose, job, lease, rundir
 
+    sys.argv = ["ftdist", "train", *words]  # which env.json tells
     (config,) = compose.compose("train", words)
     job.decide(config)
     run_dir = Path(config["run_dir"])
@@ -48,6 +50,13 @@ def change(run_dir, words):
 
     job.launch = lambda *_: None
     resume.from_words(Path(run_dir), words)
+    return 0
+
+
+def finish(run_dir):
+    from ftdist import job
+
+    job.finish(Path(run_dir))
     return 0
 
 
@@ -122,6 +131,8 @@ def main():
         command = json.loads(line)
         if "freeze" in command:
             pids = [forked(freeze, command["freeze"])]
+        elif "finish" in command:
+            pids = [forked(finish, command["finish"])]
         elif "change" in command:
             pids = [forked(change, command["change"], command["words"])]
         else:

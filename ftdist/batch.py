@@ -1,0 +1,417 @@
+"""The batch process of a SLURM job, on its first node: checks the nodes, starts the ranks, and decides what follows.
+
+`python -m ftdist.batch run RUN`       train the frozen run, or go on with it
+`python -m ftdist.batch prepare RUN`   prepare its data and freeze it, as a job of its own
+`python -m ftdist.batch finish RUN`    evaluate what was trained (in a task, where the devices are)
+`python -m ftdist.batch member SWEEP N`, `worker SWEEP N`   a member of a sweep's array N; a worker of a search
+`python -m ftdist.batch words …`       overrides as for `ftdist train`: all of it inside the job (slurm/train.sbatch)
+
+A signal of the scheduler becomes RUN/stop.json: the ranks agree, save and end; then the job goes back into the queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ftdist import checkpoint, follow, launcher, lease, rundir, schema, slurm, stops
+from ftdist.errors import FAILED, FENCED, OK, STOPPED, USAGE, Failed, UserError
+
+PORTS = 20000, 10000  # first port, and how many: below those that systems hand out by themselves
+ANSWER = 120.0  # seconds for every node to answer the preflight
+GOES_ON = ("RUNNING", "TIMEOUT", "PREEMPTED", "SUSPENDED")  # states in which SLURM does not requeue by itself
+LEAVE = 300.0  # seconds to be ended after a requeue was accepted
+
+_signals: list[str] = []  # that this process was sent
+
+
+def main(argv: list[str]) -> int:
+    """The exit status of the job."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, _note)
+    os.umask(rundir.PRIVATE)
+    os.environ.setdefault(stops.STARTED, str(time.time()))
+    verb, words = argv[0], argv[1:]
+    try:
+        if verb == "words":
+            run_dir = from_words(words)
+            status = run(run_dir)
+            if status == OK:
+                print(f"run: {run_dir}", flush=True)
+            return status
+        if verb in ("member", "worker"):
+            from ftdist.sweep import array
+
+            return {"member": array.member, "worker": array.worker}[verb](Path(words[0]), words[1])
+        run_dir = Path(words[0])
+        return {"run": run, "prepare": prepare, "finish": finish}[verb](run_dir)
+    except UserError as failure:
+        print(f"ftdist: {failure}", file=sys.stderr, flush=True)
+        return USAGE
+    except Failed as failure:
+        print(f"ftdist: {failure}", file=sys.stderr, flush=True)
+        return failure.status
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    _signals.append(signal.Signals(number).name)
+
+
+def prepare(run_dir: Path) -> int:
+    """Data and everything else that the ranks read, from the configuration that was asked for."""
+    from ftdist import job
+
+    try:
+        with lease.held(run_dir):
+            job.freeze(json.loads((run_dir / job.ASKED).read_text(encoding="utf-8")), run_dir)
+    except (UserError, Failed) as failure:
+        rundir.record(run_dir, None, "failed", None, reason=str(failure))
+        raise
+    return OK
+
+
+def finish(run_dir: Path) -> int:
+    """What follows training."""
+    from ftdist import job
+
+    job.finish(run_dir)
+    return OK
+
+
+def run(run_dir: Path) -> int:
+    """Train, and leave the job with the status that says what is to follow: 0, 1, 2, 75, 93."""
+    config = rundir.read_config(run_dir)
+    number = os.environ["SLURM_JOB_ID"]
+    with lease.held(run_dir) as token:
+        job = Job(run_dir, config, number, token)
+        rundir.record(run_dir, token, "job", newest(run_dir), job=number, restart=restarts(), nodes=job.nodes)
+        try:
+            failure = job.train()
+        except UserError as mistake:
+            failure = Failed(str(mistake), USAGE)
+        failure, again = job.verdict(failure)
+        if again is None:
+            job.ended(failure)
+    if again is not None:
+        return requeue(run_dir, number, again)
+    if failure is not None:
+        print(f"ftdist: {failure}", file=sys.stderr, flush=True)
+        return failure.status
+    print(f"finished: {run_dir}", flush=True)
+    return OK
+
+
+def restarts() -> int:
+    """How often SLURM has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def newest(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint."""
+    return next(iter(checkpoint.steps(run_dir)), None)
+
+
+def fruitless(run_dir: Path, number: str) -> int:
+    """How often, up to now, this job has been started with no newer checkpoint than the start before it had."""
+    starts = []
+    for line in (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if event["event"] == "job" and event["job"] == number:
+                starts.append(event["step"])
+    now, count = newest(run_dir), 0
+    for step in reversed(starts):
+        if step != now:
+            break
+        count += 1
+    return max(count - 1, 0)
+
+
+def requeue(run_dir: Path, number: str, reason: str) -> int:
+    """Ask SLURM to start the job again, and wait for the end that comes with it."""
+    print(f"{reason}: back into the queue, goes on from the checkpoint of step {newest(run_dir)}", flush=True)
+    rundir.record(run_dir, None, "requeue", newest(run_dir), reason=reason, job=number)
+    if refused := slurm.requeue(number):
+        print(f"ftdist: not requeued ({refused}); go on with: ftdist resume {run_dir}", file=sys.stderr, flush=True)
+        return STOPPED
+    end = time.monotonic() + LEAVE
+    while time.monotonic() < end:  # SLURM ends this process; had it gone by itself, the job would be done, not queued
+        time.sleep(1)
+    return STOPPED
+
+
+class Job:
+    """This job and the run that it trains."""
+
+    def __init__(self, run_dir: Path, config: dict[str, Any], number: str, token: int) -> None:
+        self.run_dir, self.number, self.token = run_dir, number, token
+        self.cluster, self.health = config["cluster"], config["health"]
+        self.nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
+        self.reason: str | None = None  # why the scheduler wants an end
+        self.more, self.before = slurm.in_task(**schema.pick(slurm.in_task, self.cluster))
+        os.environ[lease.VARIABLE] = str(token)
+        os.environ["FTDIST_GRACE"] = str(self.health["grace_seconds"])
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            if self.cluster["interface"]:
+                os.environ[name] = self.cluster["interface"]
+
+    def train(self) -> Failed | None:
+        """None when the run is finished; else what ended it."""
+        from ftdist import job
+
+        limit = self.cluster["max_requeues"]
+        if (count := fruitless(self.run_dir, self.number)) > limit:
+            return Failed(f"not started again: {count} starts of this job in a row without a new checkpoint "
+                          f"(cluster.max_requeues={limit})", FENCED)  # fmt: skip
+        try:
+            if (self.run_dir / "final").is_dir():
+                print("nothing to train: the run is finished", flush=True)
+                if not (self.run_dir / "eval" / "metrics.json").is_file():
+                    self.evaluate()
+            else:
+                job.launch(self.run_dir, self.token, self.start, self.evaluate)
+        except Failed as failure:
+            return failure
+        return None
+
+    def start(self) -> None:
+        """The ranks, once: checked nodes, then training. Failed or UserError carry the first failing rank's words."""
+        rundir.forget_last_start(self.run_dir)
+        head, port = self.preflight()
+        ranks = (self.run_dir, slurm.address(head), port, self.cluster["processes"])
+        if self.cluster["network_check"]:
+            os.environ["FTDIST_NETWORK_CHECK"] = str(self.cluster["network_check"])
+            status = self.follow(self.task("ftdist.node", *ranks, "ftdist.preflight"))
+            launcher.judge(self.run_dir, status)
+            print("network check: passed", flush=True)
+        status = self.follow(self.task("ftdist.node", *ranks, "ftdist.worker"), trains=True)
+        # A node is content with ranks that stop as asked; whether anything is finished is in outcome.json.
+        launcher.judge(self.run_dir, status or FAILED)
+
+    def evaluate(self) -> None:
+        """What follows training, in a task on the first node."""
+        status = self.follow(self.task("ftdist.batch", "finish", self.run_dir, nodes=1))
+        if status != OK:
+            raise Failed(f"the evaluation ended with status {status}; its words are above", status)
+
+    def preflight(self) -> tuple[str, int]:
+        """Every node can do what training needs, or Failed names it. The first node, and a port that is free there."""
+        from ftdist import preflight
+
+        folder, word = self.run_dir / preflight.WORD, secrets.token_hex(8)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "word").write_text(word, encoding="utf-8")
+        gpus = self.cluster["gpus"]
+        port = PORTS[0] + int(self.number) % PORTS[1]
+        found: list[dict[str, Any]] = []
+        other: list[str] = []
+
+        def read(line: str) -> None:
+            now = time.time()
+            try:
+                answer = json.loads(line)
+                found.append({**answer, "late": now - answer["time"]})
+            except (ValueError, KeyError, TypeError):
+                other.append(line.strip())
+
+        wants = min(gpus, self.cluster["processes"])
+        status = self.follow(self.task("ftdist.preflight", self.run_dir, word, wants, port), read, limit=ANSWER)
+        if status != OK and len(found) < len(self.nodes):
+            print("\n".join(other), flush=True)
+        try:
+            preflight.judge(found, self.nodes, self.run_dir, word, wants, self.cluster["local_disk"])
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        first = min(found, key=lambda one: one["id"])
+        return first["node"], int(first["port"])
+
+    def task(self, module: str, *words: Any, nodes: int | None = None) -> list[str]:
+        """srun, one task a node."""
+        count = str(nodes or len(self.nodes))
+        cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun no longer takes it from there by itself
+        return ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--nodes={count}", f"--ntasks={count}",
+                "--ntasks-per-node=1", "--export=ALL", "--mpi=none", "--input=none",
+                *(("--cpu-bind=none",) if slurm.binds() else ()),
+                *((f"--cpus-per-task={cpus}",) if cpus else ()), *self.more, *self.before,
+                "-m", module, *map(str, words)]  # fmt: skip
+
+    def follow(
+        self,
+        command: list[str],
+        read: Callable[[str], None] | None = None,
+        trains: bool = False,
+        limit: float | None = None,
+    ) -> int:
+        """Wait for srun; pass on what asks for an end. Its exit status; Failed if it was ended with nothing to save.
+
+        read: told every line of output. trains: its ranks save before they end. limit: seconds until it is given up.
+        """
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if read else None,
+                                 stderr=subprocess.STDOUT if read else None, text=True)  # fmt: skip
+        reader = threading.Thread(target=_lines, args=(child, read), daemon=True)
+        if read:
+            reader.start()
+        began = time.monotonic()
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(0.2)
+                if asked := self.asked():
+                    if not trains or not (self.run_dir / stops.RUNNING).exists():
+                        raise Failed(f"stopped ({asked}) outside training", STOPPED)
+                    if not (self.run_dir / stops.REQUEST).exists():
+                        stops.request(self.run_dir, asked)
+                        print(f"{asked}: saving, then stopping", flush=True)
+                if limit is not None and time.monotonic() - began > limit:
+                    return FAILED
+        finally:
+            if child.poll() is None:
+                _end(child)
+            if read:
+                reader.join(5)
+
+    def asked(self) -> str | None:
+        """Why to stop: what a signal of the scheduler means, or what is in stop.json."""
+        if _signals and self.reason is None:
+            self.reason = meaning(self.number, _signals[0], self.cluster["signal_seconds"])
+        return self.reason or stops.requested(self.run_dir)
+
+    def verdict(self, failure: Failed | None) -> tuple[Failed | None, str | None]:
+        """What is to be said, and why the job should go back into the queue, if it should.
+
+        It should if the scheduler has ended it, or if a node was lost, and SLURM does not start it again by itself.
+        """
+        if failure is None or failure.status in (USAGE, FENCED):
+            return failure, None
+        self.asked()  # a signal may have come since the ranks ended
+        reason, user = self.reason, stops.requested(self.run_dir)
+        if failure.status == STOPPED and reason is None:  # the ranks were signalled, this process was not
+            said = launcher.outcome_of(self.run_dir).get("reason")
+            reason = said if said != "Ctrl-C" and said in stops.SIGNALS.values() else None
+        if user is not None and user != self.reason:
+            return failure, None  # somebody asks for an end
+        if reason is None and failure.status == FAILED and (lost := self.lost()):
+            reason = f"node {lost} is lost"
+        if reason is None or slurm.show(self.number).get("JobState", "RUNNING") not in GOES_ON:
+            return failure, None  # a failure, or SLURM has decided already: cancelled, or in the queue again
+        limit = self.cluster["max_requeues"]
+        if (count := fruitless(self.run_dir, self.number)) >= limit:
+            return Failed(f"{failure}; not requeued: {count + 1} starts in a row without a new checkpoint "
+                          f"(cluster.max_requeues={limit})", FENCED), None  # fmt: skip
+        return failure, reason
+
+    def lost(self) -> str | None:
+        """A node that does not answer any more."""
+        for node in self.nodes:
+            state = slurm.node_state(node)
+            if "*" in state or state.startswith(("DOWN", "FAIL", "NOT_RESPONDING")):
+                return node
+        count = len(self.nodes)
+        probe = ["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--mem=0",
+                 "--mpi=none", "bash", "-c", "echo $SLURMD_NODENAME"]  # fmt: skip
+        try:
+            answered = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=slurm.PATIENCE).stdout
+        except subprocess.TimeoutExpired as late:
+            answered = (late.stdout or b"").decode() if isinstance(late.stdout, bytes) else (late.stdout or "")
+        if not answered.split():
+            return None  # the question itself fails
+        return next((node for node in self.nodes if node not in answered.split()), None)
+
+    def ended(self, failure: Failed | None) -> None:
+        """Leave word of an end that the ranks have left none of, unless somebody else has the run by now."""
+        if failure is None or (failure.status == STOPPED and launcher.outcome_of(self.run_dir)):
+            return
+        name = "stopped" if failure.status == STOPPED else "failed"
+        reason = self.asked() or str(failure) if name == "stopped" else str(failure)
+        with contextlib.suppress(Failed, UserError), lease.guarded(self.run_dir, self.token):
+            rundir.record(self.run_dir, None, name, newest(self.run_dir), reason=reason, job=self.number)
+            outcome = {"outcome": name, "reason": reason, "step": newest(self.run_dir), "status": failure.status}
+            rundir.write_json(self.run_dir / "outcome.json", outcome)
+
+
+def meaning(number: str, name: str, lead: int) -> str:
+    """What a signal of the scheduler stands for, as far as SLURM tells."""
+    job = slurm.show(number)
+    if job.get("JobState", "").startswith("CANCELLED"):
+        return "cancelled"
+    if job.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"):
+        return "pre-empted"
+    left = slurm.left(number)
+    if left is not None and left <= lead + 60:  # SLURM may be a minute early
+        return "time limit"
+    return name
+
+
+def from_words(words: list[str]) -> Path:
+    """The run directory of `slurm/train.sbatch`: made by its first start, found by the later ones."""
+    from ftdist import compose, forecast, job, resume
+
+    number = os.environ["SLURM_JOB_ID"]
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    told = [f"cluster.nodes={os.environ['SLURM_JOB_NUM_NODES']}"]
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    told += [f"cluster.gpus={gpus}"]
+    if gpus and (facts := launcher.gpu_facts()):
+        told += [f"cluster.gpu_type='{facts[0]}'"]
+    told_by_sbatch = {"name", "nodes"}
+    for function in (slurm.options, slurm.setup, slurm.submission):
+        told_by_sbatch.update(schema.keys_of(function))
+    for key in sorted(given):
+        group, _, name = key.partition(".")
+        if group == "cluster" and (not name or name in told_by_sbatch):
+            raise UserError(
+                f"{key}: read by ftdist train when it submits; give it to sbatch, or write it into the script"
+            )
+    (config,) = compose.compose("train", ["cluster=slurm", *words, *told])
+    job.check(config)
+    if config["run_dir"] is None:
+        config["run_dir"] = f"runs/job-{number}-{Path(config['model']['path']).name}-{config['strategy']['name']}"
+    run_dir = Path(config["run_dir"]).expanduser().absolute()
+    config["run_dir"] = str(run_dir)
+    job.decide(config)
+    forecast.refuse_what_cannot_fit(dict(job.plan(config)), config["must_fit"])
+    mine = rundir.read_json(run_dir / follow.JOB).get("job") == number
+    if (mine or config["resume"] == "auto") and resume.begun(run_dir, config):
+        with lease.held(run_dir):
+            if not (run_dir / "final").is_dir():
+                resume.changed(run_dir, config, here=False)
+    else:
+        with rundir.claimed(run_dir) as token:
+            rundir.write_json(run_dir / follow.JOB, {"job": number, "prepare": None, "submitted": time.time()})
+            job.freeze(config, run_dir)
+            lease.release(run_dir, token)
+    rundir.write_json(run_dir / follow.JOB, {"job": number, "prepare": None, "submitted": time.time()})
+    return run_dir
+
+
+def _lines(child: subprocess.Popen[str], read: Callable[[str], None]) -> None:
+    assert child.stdout is not None
+    for line in child.stdout:
+        read(line)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End srun and its tasks: it passes the first signal on and takes the second for itself."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5 if number == signal.SIGTERM else 2)
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

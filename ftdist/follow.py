@@ -1,0 +1,257 @@
+"""What runs are doing, on this machine or in SLURM, from what lies in their directories. No torch, no Hydra."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftdist import checkpoint, launcher, lease, rundir, slurm, stops
+from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, Failed, UserError
+
+JOB = "job.json"  # the run's job: {"job", "prepare"}
+STOP = "ftdist stop"  # the reason of such a stop
+FOLDERS = ("runs/*", "sweeps/*/*")
+POLL = 0.5  # seconds between looks at files
+ASK = 10.0  # at most so many between questions to SLURM
+
+
+def default_runs() -> list[Path]:
+    """The runs below the default folders, oldest first."""
+    found = [path for pattern in FOLDERS for path in sorted(Path().glob(pattern)) if is_run(path)]
+    if not found:
+        raise UserError("status: no runs below runs/ or sweeps/ here; ftdist status RUN")
+    return [path.absolute() for path in found]
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run's, finished or only begun."""
+    return any((path / name).is_file() for name in ("config.yaml", JOB, rundir.CLAIM))
+
+
+def jobs_of(runs: Sequence[Path]) -> dict[Path, dict[str, slurm.Job]]:
+    """The jobs of each run that SLURM still knows, by number; one question for all of them."""
+    numbers = {}
+    for run_dir in runs:
+        known = rundir.read_json(run_dir / JOB)
+        numbers[run_dir] = [str(known[key]) for key in ("job", "prepare") if known.get(key)]
+    here = shutil.which("squeue") is not None  # the files tell a part of it everywhere
+    jobs = slurm.jobs(sorted({number for own in numbers.values() for number in own})) if here else {}
+    return {run_dir: {number: jobs[number] for number in own if number in jobs} for run_dir, own in numbers.items()}
+
+
+def status(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """`run state detail step steps seconds_left job` of each."""
+    jobs = jobs_of(runs)
+    return [state(run_dir, jobs[run_dir]) for run_dir in runs]
+
+
+def state(run_dir: Path, jobs: dict[str, slurm.Job]) -> dict[str, Any]:
+    """What one run is doing. jobs: those of it that SLURM knows."""
+    plan = rundir.read_json(run_dir / "plan.json")
+    metrics = last_line(run_dir / "metrics.jsonl")
+    known = rundir.read_json(run_dir / JOB)
+    step, steps = metrics.get("step", checkpoint_step(run_dir)), plan.get("total_steps")
+    word, detail = _word(run_dir, known, jobs)
+    left = None
+    pace = metrics.get("tokens_per_second")
+    if word == "running" and pace and step is not None and steps and plan.get("tokens_per_step"):
+        left = round((steps - step) * plan["tokens_per_step"] / pace)
+    return {"run": str(run_dir), "state": word, "detail": detail, "step": step, "steps": steps, "seconds_left": left,
+            "job": known.get("job")}  # fmt: skip
+
+
+def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> tuple[str, str]:
+    """(state, detail)"""
+    outcome, event = launcher.outcome_of(run_dir), last_event(run_dir)
+    final = (run_dir / "final").is_dir()
+    job, prepare = (jobs.get(str(known.get(key))) for key in ("job", "prepare"))
+    if prepare is not None and prepare.active:
+        return "preparing", f"job {prepare.id}, {prepare.state.lower()}"
+    if job is not None and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"):
+        if event.get("time", 0) > known.get("submitted", 0):
+            why = event.get("reason") or outcome.get("reason") or "by SLURM"
+            word = "pre-empted" if why == "pre-empted" else "requeued"
+            return word, f"{why}; waits again" + (f" ({job.reason})" if job.reason else "")
+        return "queued", job.reason
+    alive = lease.living(run_dir)
+    if (job is not None and job.active) or alive is not None:
+        if not (run_dir / "config.yaml").is_file():
+            return "preparing", ""
+        if final:
+            return "evaluating", ""
+        if (run_dir / stops.RUNNING).exists():
+            reason = stops.requested(run_dir)
+            where = f"on {job.nodes}" if job is not None and job.nodes else ""
+            return "running", f"saving, then stopping ({reason})" if reason else where
+        return ("ending", "") if outcome else ("starting", "")
+    if final:
+        return "done", ""
+    if outcome.get("outcome") in ("stopped", "failed"):
+        return str(outcome["outcome"]), str(outcome["reason"])
+    if event.get("event") in ("failed", "stopped"):
+        return event["event"], event["reason"]
+    bad = next((one for one in (prepare, job) if one is not None and one.state != "COMPLETED"), None)
+    if bad is not None:
+        return ("cancelled" if bad.state == "CANCELLED" else "failed"), f"{bad.state} {bad.reason}".strip()
+    if any((run_dir / "logs").glob("rank-*.error.json")):
+        return "failed", launcher.first_error(run_dir)["message"]
+    return "killed", "left no word; ftdist resume goes on"
+
+
+def checkpoint_step(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint, where nothing was logged."""
+    return next(iter(checkpoint.steps(run_dir)), None)
+
+
+def last_event(run_dir: Path) -> dict[str, Any]:
+    """The last of events.jsonl that tells how a start went: not checkpoints, not what was set aside."""
+    last: dict[str, Any] = {}
+    for line in lines(run_dir / "events.jsonl"):
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if event["event"] in ("job", "requeue", "failed", "stopped", "finished", "start", "resume", "restart"):
+                last = event
+    return last
+
+
+def last_line(file: Path) -> dict[str, Any]:
+    """The last whole row of training metrics."""
+    for line in reversed(lines(file)):
+        with contextlib.suppress(ValueError):
+            row: dict[str, Any] = json.loads(line)
+            if "loss" in row:
+                return row
+    return {}
+
+
+def lines(file: Path) -> list[str]:
+    """Of a text file; none if there is none."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def table(states: Sequence[dict[str, Any]]) -> str:
+    """A line for each run."""
+    rows = []
+    for one in states:
+        path = Path(one["run"])
+        with contextlib.suppress(ValueError):
+            path = path.relative_to(Path.cwd())
+        step = "" if one["step"] is None else f"step {one['step']}" + (f"/{one['steps']}" if one["steps"] else "")
+        left = "" if one["seconds_left"] is None else f"{clock(one['seconds_left'])} left"
+        job = f"job {one['job']}" if one["job"] else ""
+        rows.append((str(path), one["state"], step, left, job, one["detail"]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    keep = [i for i, width in enumerate(widths) if width]
+    return "\n".join("  ".join(row[i].ljust(widths[i]) for i in keep).rstrip() for row in rows)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def stop(run_dir: Path) -> str:
+    """Ask a run to save and stop, or take its job out of the queue; what was done. UserError: it is not active."""
+    jobs = jobs_of([run_dir])[run_dir]
+    now = state(run_dir, jobs)
+    waiting = [job for job in jobs.values() if job.active]
+    if waiting and not any(job.state in ("RUNNING", "COMPLETING", "SUSPENDED") for job in waiting):
+        slurm.cancel([job.id for job in waiting])
+        rundir.record(run_dir, None, "stopped", now["step"], reason=STOP)
+        return f"job {waiting[0].id} is taken out of the queue"
+    if now["state"] == "preparing" and waiting:
+        slurm.cancel([job.id for job in waiting])
+        return "its jobs are cancelled; nothing was trained yet"
+    if now["state"] in ("running", "starting", "preparing", "evaluating"):
+        stops.request(run_dir, STOP)
+        return "asked to stop; it saves at the end of its step and goes on with `ftdist resume`"
+    raise UserError(f"{run_dir}: not active ({now['state']}); nothing to stop")
+
+
+def logs(run_dir: Path, follow: bool, rank: int | None = None) -> int:
+    """Print what a run has said; with `follow` what it says until it ends, and its exit status then.
+
+    Ctrl-C ends the following, not the run.
+    """
+    try:
+        return _logs(run_dir, follow, rank)
+    except KeyboardInterrupt:
+        raise Failed(f"no longer followed; the run goes on (ftdist stop {run_dir} ends it)", INTERRUPTED)
+
+
+def _logs(run_dir: Path, follow: bool, rank: int | None) -> int:
+    watched: dict[Path, int] = {}
+    asked, pause, known = 0.0, 1.0, None
+    while True:
+        if follow and time.monotonic() - asked > pause:
+            known = state(run_dir, jobs_of([run_dir])[run_dir])["state"]
+            asked, pause = time.monotonic(), min(pause * 1.5, ASK)
+        if _print_news(run_dir, rank, watched):
+            pause = 1.0
+        if not follow or known in ("done", "stopped", "failed", "cancelled", "killed"):
+            _print_news(run_dir, rank, watched)
+            return OK if not follow else status_of(run_dir, str(known))
+        time.sleep(POLL)
+
+
+def status_of(run_dir: Path, word: str) -> int:
+    """The exit status that a run in this state has ended with."""
+    said = launcher.outcome_of(run_dir).get("status")
+    if word == "done":
+        return OK
+    return int(said) if said else STOPPED if word == "stopped" else FAILED
+
+
+def _print_news(run_dir: Path, rank: int | None, watched: dict[Path, int]) -> bool:
+    """Print what has been added to the run's logs since the last look."""
+    news = False
+    for file in _files(run_dir, rank):
+        with contextlib.suppress(FileNotFoundError), file.open("rb") as handle:
+            handle.seek(watched.get(file, 0))
+            data = handle.read()
+            end = data.rfind(b"\n") + 1  # a line at a time
+            if end:
+                watched[file] = watched.get(file, 0) + end
+                news = True
+                for line in data[:end].decode(errors="replace").splitlines():
+                    print(_readable(file, line))
+                sys.stdout.flush()
+    return news
+
+
+def _files(run_dir: Path, rank: int | None) -> Iterator[Path]:
+    """Which files tell of a run: its jobs' output; on this machine metrics and events, which the terminal had."""
+    if rank is not None:
+        yield run_dir / "logs" / f"rank-{rank}.log"
+        return
+    jobs = sorted((run_dir / "logs").glob("job-*.log"), key=lambda file: file.stat().st_mtime)
+    yield from jobs or (run_dir / "metrics.jsonl", run_dir / "events.jsonl")
+
+
+def _readable(file: Path, line: str) -> str:
+    """A row of metrics or events as the terminal shows it; other lines as they are."""
+    if file.suffix != ".jsonl":
+        return line
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return line
+    if "event" in row:
+        at = "" if row["step"] is None else f" at step {row['step']}"
+        reason = f": {row['reason']}" if row.get("reason") else ""
+        return f"{time.strftime('%H:%M:%S', time.localtime(row['time']))} {row['event']}{at}{reason}"
+    if "eval_loss" in row:
+        return f"step {row['step']}: held-out loss {row['eval_loss']:.4f}"
+    told = [name for name in ("loss", "learning_rate", "tokens_per_second") if row.get(name) is not None]
+    return " · ".join([f"step {row['step']}", *(f"{name} {row[name]:.4g}" for name in told)])

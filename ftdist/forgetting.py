@@ -1,0 +1,163 @@
+"""Elastic weight consolidation as a configuration has it: its keys, what they refuse, where a Fisher lies.
+
+Imports no torch: `ftdist plan` reads this. `ewc.py` holds the penalty, `fisher.py` measures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ftdist import base as bases
+from ftdist import checkpoint, start
+from ftdist.data.prepare import Part
+from ftdist.errors import UserError
+from ftdist.plan.states import Penalty
+from ftdist.schema import nearest
+
+FOLDER = "fisher"  # in the run directory, and in the cache
+
+
+def none(*, name: Literal["none"]) -> None:
+    """No penalty."""
+
+
+def settings(
+    *,
+    name: Literal["ewc"],
+    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)],
+    data: str | list[str | Part] | None,
+    samples: Annotated[int, Field(ge=1)],
+    batch: Annotated[int, Field(ge=1)],
+    fisher: str | None,
+    earlier: str | None,
+    decay: Annotated[float, Field(ge=0, le=1)],
+    adapters: Literal["drift", "plain"],
+    dtype: Literal["float32", "bfloat16"],
+) -> None:
+    """The keys of `forgetting=ewc`."""
+
+
+def function(name: Any) -> Callable[..., None]:
+    """The function whose signature is the schema of this choice."""
+    known: dict[str, Callable[..., None]] = {"none": none, "ewc": settings}
+    if name not in known:
+        raise UserError(f"forgetting.name={name}: no such choice; {nearest(str(name), list(known))}")
+    return known[name]
+
+
+def is_on(keys: Mapping[str, Any]) -> bool:
+    """Whether a penalty is added to anything."""
+    return keys["name"] == "ewc" and keys["strength"] > 0
+
+
+def refuse(keys: Mapping[str, Any], task: str, engine: str, peft: Mapping[str, Any] | None, look: bool) -> None:
+    """UserError for keys that do not go together, or not with this engine or these adapters.
+
+    look: at the files that are named, which a run that goes on needs no more.
+    """
+    if task != "sft":
+        raise UserError(f"forgetting=ewc: not with task={task}; use task=sft or forgetting=none")
+    if keys["data"] is None and keys["fisher"] is None:
+        raise UserError(
+            "forgetting.data: missing; set forgetting.data=FILE, general data that are not to be forgotten, or "
+            "forgetting.fisher=RUN"
+        )
+    if keys["data"] is not None and keys["fisher"] is not None:
+        raise UserError("forgetting.fisher: with forgetting.data there would be two of them; set one, or put the older "
+                        "one into forgetting.earlier")  # fmt: skip
+    if keys["batch"] > 1 and keys["samples"] < 2 * keys["batch"]:
+        raise UserError(f"forgetting.batch={keys['batch']}: needs two batches at least; use at most "
+                        f"{max(keys['samples'] // 2, 1)}, or more forgetting.samples")  # fmt: skip
+    if engine == "zero3_nvme":
+        raise UserError("forgetting=ewc: engine=zero3_nvme keeps weights on a disk of its own, out of reach of a "
+                        "penalty; use zero3 or zero3_offload")  # fmt: skip
+    if peft is not None and keys["adapters"] == "drift" and peft.get("use_dora"):
+        raise UserError("forgetting.adapters=drift: DoRA also rescales the merged weight; use strategy.use_dora=false "
+                        "or forgetting.adapters=plain")  # fmt: skip
+    for key in ("fisher", "earlier"):
+        if look and keys[key] is not None:
+            read(keys[key], f"forgetting.{key}")
+
+
+def said(keys: Mapping[str, Any], adapters: bool) -> str:
+    """What is on, for the plan and the log."""
+    if keys["strength"] == 0:
+        return "forgetting=ewc with strength=0: off, nothing is measured and nothing added"
+    form = "of the trained weights from their start"
+    if adapters:
+        drift = keys["adapters"] == "drift"
+        form = "of the drift s·B·A of merged weights" if drift else "of A and B from their own start (plain)"
+    return f"EWC {form}, λ={keys['strength']:g}"
+
+
+def planned(keys: Mapping[str, Any], adapters: bool) -> Penalty | None:
+    """What decides its memory; None where nothing is held."""
+    if not is_on(keys):
+        return None
+    drift = adapters and keys["adapters"] == "drift"
+    return Penalty(drift, keys["dtype"], keys["batch"], measured=keys["data"] is not None)
+
+
+def place(path: str, key: str) -> Path:
+    """The folder of a Fisher: the path itself or the one inside a run. UserError if neither is one."""
+    given = Path(path).expanduser().absolute()
+    for folder in (given, given / FOLDER):
+        if (folder / checkpoint.MANIFEST).is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    raise UserError(f"{key}={path}: holds no Fisher; give a run that was trained with forgetting=ewc, or its fisher/")
+
+
+def read(path: str, key: str) -> dict[str, Any]:
+    """The manifest of a Fisher whose files are there with their sizes. UserError otherwise."""
+    folder = place(path, key)
+    try:
+        manifest = checkpoint.read_manifest(folder)
+        kept = manifest["fisher"]
+    except (checkpoint.Broken, KeyError) as failure:
+        why = "is a checkpoint, not a Fisher" if isinstance(failure, KeyError) else f"is broken ({failure})"
+        raise UserError(f"{key}={path}: {why}; measure it again with forgetting.data")
+    assert isinstance(kept, dict)
+    return manifest
+
+
+def identity(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """One hash for a model's weight files (`base.py` has theirs)."""
+    digests = [[name, files[name]["sha256"]] for name in sorted(files)]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def refuse_another_model(path: str, model: str, model_path: str) -> None:
+    """UserError unless the Fisher at `path` was measured on the model whose identity is `model`."""
+    kept = read(path, "forgetting.fisher")["fisher"]
+    if kept["model"] != model:
+        raise UserError(
+            f"forgetting.fisher={path}: measured on another model ({kept['model_path']}, not {model_path}: other "
+            "weight files); measure it on this one with forgetting.data"
+        )
+
+
+def facts(
+    run_dir: Path,
+    plan: Mapping[str, Any],
+    keys: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
+    peft: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What a Fisher is of: the weights, the data, and whatever else changes gradients at the start."""
+    going_on = start.adapter(run_dir)
+    base = json.loads((run_dir / bases.FILE).read_text(encoding="utf-8"))
+    return {
+        "model": identity(base["files"]),
+        "model_path": base["path"],
+        "data": Path(plan["fisher_data"]).name if plan["fisher_data"] else None,
+        "precision": plan["precision"],
+        "quantization": quantization,
+        "adapters": dict(peft) if peft and keys["adapters"] == "plain" else None,
+        "start": identity(bases.fingerprint(str(going_on))["files"]) if going_on else None,
+    }

@@ -1,0 +1,382 @@
+"""SLURM as plain functions: a batch script from plain values, submit it, ask what became of jobs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ftdist.errors import UserError
+
+SCRIPT = "job.sbatch"  # in a run directory
+# Words of SLURM for jobs that will still do something.
+ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
+          "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")  # fmt: skip
+TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, M:SS
+PATIENCE = 60  # seconds that a command of SLURM may take
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the controller, or the accounting, says of a job. `left`: seconds of its time limit; None without one."""
+
+    id: str
+    state: str
+    reason: str
+    left: int | None
+    nodes: str
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits, runs, or is being ended."""
+        return self.state in ACTIVE
+
+
+def options(
+    name: str,
+    nodes: int,
+    *,
+    job_name: str | None,
+    account: str | None,
+    partition: str | None,
+    qos: str | None,
+    constraint: str | None,
+    reservation: str | None,
+    time: str | None,
+    gpus: Literal["auto"] | Annotated[int, Field(ge=0)],
+    gpu_type: str | None,
+    gpu_option: Literal["gpus-per-node", "gres"],
+    cpus: Annotated[int, Field(ge=1)] | None,
+    memory: str | None,
+    exclusive: bool,
+    mail_type: str | None,
+    mail_user: str | None,
+    signal_seconds: Annotated[int, Field(ge=1, le=65535)],
+    sbatch: dict[str, str | int | bool],
+) -> dict[str, str | int | bool]:
+    """sbatch's options → values for one task a node; `True`: an option without a value. `gpus` is a number by now.
+
+    sbatch: more of them, as the user gives them, which win.
+    """
+    assert gpus != "auto"
+    if time is not None and not re.fullmatch(TIME, str(time)):
+        raise UserError(f"cluster.time={time}: should be H:MM:SS or D-HH:MM:SS, in quotes in a YAML file")
+    device = f"{gpu_type}:{gpus}" if gpu_type else str(gpus)
+    chosen: dict[str, Any] = {
+        "job-name": job_name or name,
+        "nodes": nodes,
+        "ntasks-per-node": 1,
+        "account": account,
+        "partition": partition,
+        "qos": qos,
+        "constraint": constraint,
+        "reservation": reservation,
+        "time": time,
+        "gres": f"gpu:{device}" if gpus and gpu_option == "gres" else None,
+        "gpus-per-node": device if gpus and gpu_option == "gpus-per-node" else None,
+        "cpus-per-task": cpus,
+        "mem": memory,
+        "exclusive": exclusive,
+        "mail-type": mail_type,
+        "mail-user": mail_user,
+        "signal": f"B:USR1@{signal_seconds}",
+        "requeue": True,
+        "open-mode": "append",  # a start after a requeue goes on in the same log
+        **{key.replace("_", "-"): value for key, value in sbatch.items()},
+    }
+    return {key: value for key, value in chosen.items() if value is not None and value is not False}
+
+
+def resolved(
+    *,
+    processes: int | str,
+    oversubscribe: bool,
+    partition: str | None,
+    gpus: int | str,
+    cpu: bool,
+    known: bool,
+) -> dict[str, int]:
+    """`gpus` and `processes` of a node as numbers, asked from the partition where they are `auto`.
+
+    cpu: the plan is for CPUs; known: it is for a GPU that the user has named.
+    """
+    count = gpus
+    if count == "auto":
+        if cpu:
+            count = 0
+        elif processes != "auto" and known:
+            count = processes
+        else:
+            there = partition_gpus(partition)[0]
+            count = there if processes == "auto" else min(int(processes), there)
+    wanted = max(int(count), 1) if processes == "auto" else int(processes)
+    if int(count) and wanted > int(count) and not oversubscribe:
+        raise UserError(f"cluster.processes={wanted}: {count} GPUs on a node are asked for or there; use at most "
+                        f"cluster.processes={count}, or cluster.oversubscribe=true")  # fmt: skip
+    return {"gpus": int(count), "processes": wanted}
+
+
+def in_task(
+    *,
+    container_image: str | None,
+    container_mounts: str | None,
+    wrapper: list[str],
+    python: str | None,
+) -> tuple[list[str], list[str]]:
+    """(more options of srun, words before `-m MODULE`): Pyxis' container, a wrapper such as `apptainer exec IMAGE`."""
+    pyxis = [f"--container-image={container_image}"] if container_image else []
+    pyxis += [f"--container-mounts={container_mounts}"] if container_mounts else []
+    return pyxis, [*wrapper, python or sys.executable]
+
+
+def in_job(
+    *,
+    interface: str | None,
+    max_requeues: Annotated[int, Field(ge=0)],
+    local_disk: Annotated[float, Field(ge=0)],
+    network_check: Annotated[int, Field(ge=0)],
+) -> None:
+    """The keys of `cluster` that ftdist.batch reads."""
+
+
+def submission(
+    *,
+    prepare: Literal["here", "job"],
+    prepare_partition: str | None,
+    prepare_cpus: Annotated[int, Field(ge=1)],
+    prepare_memory: str | None,
+    prepare_time: str | None,
+    check: bool,
+    wait: bool,
+    test_only: bool,
+) -> None:
+    """The keys of `cluster` that ftdist.submit reads."""
+
+
+def array(count: int, *, array_throttle: Annotated[int, Field(ge=1)] | None) -> str:
+    """sbatch's --array for so many members, at most `array_throttle` of them at once."""
+    return f"0-{count - 1}" + (f"%{array_throttle}" if array_throttle else "")
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """`64G` → bytes, as sbatch reads it; None for none, and for 0, which means all of the node."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", str(text).upper())
+    if not match:
+        raise UserError(f"cluster.memory={text}: should be a size such as 64G")
+    return int(match[1]) * 1024 ** ("KMGT".index(match[2] or "M") + 1) or None
+
+
+def setup(*, modules: list[str], environment: dict[str, str | int | float], setup: list[str]) -> list[str]:
+    """Shell lines before the program: modules, variables, and the user's own lines as they are."""
+    for line in setup:
+        _one_line("cluster.setup", line)
+    for name in environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise UserError(f"cluster.environment.{name}: no name of an environment variable")
+    load = ["type module >/dev/null 2>&1 || . /etc/profile"] if modules else []
+    load += [f"module load {shlex.quote(_one_line('cluster.modules', name))}" for name in modules]
+    exports = [
+        f"export {name}={shlex.quote(_one_line(f'cluster.environment.{name}', value))}"
+        for name, value in environment.items()
+    ]
+    return [*load, *exports, *setup]
+
+
+def script(options: Mapping[str, str | int | bool], lines: Iterable[str], command: Sequence[str]) -> str:
+    """A batch script: `#SBATCH` lines, safely quoted, shell lines, and a command that becomes the batch process.
+
+    Signals that ask for an end are held off until that process listens to them. UserError for a value with a newline.
+    """
+    head = [_sbatch_line(key, value) for key, value in options.items()]
+    return "\n".join(["#!/bin/bash", *head, "trap '' USR1 TERM", "set -e", *lines, f"exec {shlex.join(command)}", ""])
+
+
+def _sbatch_line(key: str, value: str | int | bool) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+        raise UserError(f"cluster.sbatch.{key}: no option of sbatch")
+    return f"#SBATCH --{key}" if value is True else f"#SBATCH --{key}={shlex.quote(_one_line(key, value))}"
+
+
+def _one_line(key: str, value: Any) -> str:
+    text = str(value)
+    if not text.isprintable():
+        raise UserError(f"{key}={text!r}: a batch script has no place for line breaks and control characters")
+    return text
+
+
+def pattern(path: Path) -> str:
+    """A path for sbatch's --output, where % begins a pattern."""
+    return str(path).replace("%", "%%")
+
+
+def submit(file: Path, *words: str, cwd: Path | None = None) -> str:
+    """Submit a batch script; the job's number. words: more options, such as --dependency=afterok:12.
+
+    UserError with sbatch's own words if it is refused. Variables of a job around us do not leak into the new one.
+    """
+    answer = _sbatch([*words, "--parsable", str(file)], cwd)
+    return answer.splitlines()[-1].partition(";")[0].strip()
+
+
+def test_only(file: Path, *words: str, cwd: Path | None = None) -> str:
+    """What `sbatch --test-only` says: when and where the job would start. UserError if it never would."""
+    return _sbatch([*words, "--test-only", str(file)], cwd)
+
+
+def _sbatch(words: list[str], cwd: Path | None) -> str:
+    environment = {key: value for key, value in os.environ.items() if not re.match(INHERITED, key)}
+    done = command("sbatch", *words, environment=environment, cwd=cwd)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    if done.returncode != 0:
+        reason = next(
+            (line for line in said if "error" in line.lower() or "failure" in line.lower()), "no reason given"
+        )
+        raise UserError(f"cluster=slurm: sbatch refused the job: {reason.removeprefix('sbatch: ').strip()}")
+    return done.stdout.strip() or "\n".join(said)
+
+
+# What SLURM sets in a job, as opposed to what steers its commands.
+INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)"
+
+
+def command(
+    name: str, *words: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run one of SLURM's commands. UserError if it is not there, or does not answer."""
+    program = shutil.which(name)
+    if program is None:
+        raise UserError(f"cluster=slurm: no {name} here; start this on a machine that can submit jobs")
+    try:
+        return subprocess.run(
+            [program, *words], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment, cwd=cwd
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"cluster=slurm: {name} does not answer within {PATIENCE} s; is the controller up?")
+
+
+def jobs(ids: Sequence[str]) -> dict[str, Job]:
+    """Number → what is known of the job: from the queue, which remembers ended ones for minutes, then the accounting.
+
+    Jobs that nothing knows any more are left out. Members of an array are `12_3`.
+    """
+    if not ids:
+        return {}
+    found: dict[str, Job] = {}
+    done = command("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}",
+                   "--format=%i|%A|%T|%L|%N|%r")  # fmt: skip
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise UserError(f"cluster=slurm: {' '.join(done.stderr.split())}")
+    for line in done.stdout.splitlines():
+        name, own, state, left, nodes, reason = line.strip().split("|", 5)
+        job = Job(name, state, "" if reason == "None" else reason, seconds(left), nodes)
+        found |= {key: job for key in (name, own) if key in ids}
+    lost = [name for name in ids if name not in found]
+    if lost and shutil.which("sacct"):
+        done = command("sacct", "-X", "-n", "-P", f"--jobs={','.join(lost)}", "--format=JobID,State,NodeList")
+        for line in done.stdout.splitlines() if done.returncode == 0 else ():
+            name, state, nodes = line.split("|")
+            found[name] = Job(name, state.split()[0], "", None, nodes)  # "CANCELLED by 1000"
+    return found
+
+
+def show(job: str) -> dict[str, str]:
+    """`scontrol show job`: its fields; nothing for a job that is unknown, or when SLURM does not answer."""
+    try:
+        done = command("scontrol", "show", "job", "--oneliner", job)
+    except UserError:
+        return {}
+    return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", done.stdout)) if done.returncode == 0 else {}
+
+
+def left(job: str) -> int | None:
+    """Seconds until the job's time limit; None without one, or when SLURM does not answer."""
+    try:
+        return seconds(command("squeue", "--noheader", "--jobs", job, "--format=%L").stdout)
+    except UserError:
+        return None
+
+
+@functools.cache
+def binds() -> bool:
+    """Whether this SLURM pins tasks to cores, and so can be told not to."""
+    found = re.search(r"^TaskPlugin\s*=\s*(\S+)", command("scontrol", "show", "config").stdout, re.M)
+    return found is not None and bool(re.search("affinity|cgroup", found[1]))
+
+
+def node_state(node: str) -> str:
+    """IDLE, ALLOCATED, DOWN, …; with a `*` for one that does not answer."""
+    found = re.search(r"\bState=(\S+)", command("scontrol", "show", "node", "--oneliner", node).stdout)
+    return found[1] if found else ""
+
+
+def cancel(ids: Sequence[str]) -> None:
+    """Take jobs out of the queue, or end them; SLURM lets a running one save for KillWait seconds."""
+    done = command("scancel", *ids)
+    if done.returncode != 0:
+        raise UserError(f"scancel {' '.join(ids)}: {' '.join(done.stderr.split())}")
+
+
+def requeue(job: str) -> str:
+    """Back into the queue, under the same number; ends the calling job. What was wrong, if it was refused."""
+    try:
+        done = command("scontrol", "requeue", job)
+    except UserError as failure:
+        return str(failure)
+    return "" if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
+
+
+def hosts(nodes: str) -> list[str]:
+    """`node[1-3]` → the names."""
+    return command("scontrol", "show", "hostnames", nodes).stdout.split()
+
+
+def address(node: str) -> str:
+    """Where SLURM itself reaches a node: its NodeAddr, which may differ from its name and from its host name."""
+    found = re.search(r"\bNodeAddr=(\S+)", command("scontrol", "show", "node", "--oneliner", node).stdout)
+    return found[1] if found else node
+
+
+@functools.cache
+def partition_gpus(partition: str | None) -> tuple[int, str | None]:
+    """(GPUs of a node, their type) in a partition, or in the default one: the least that any of its nodes has.
+
+    UserError if there is no such partition, or no SLURM to ask.
+    """
+    done = command("sinfo", "--noheader", "--format=%P|%G", *((f"--partition={partition}",) if partition else ()))
+    rows = [line.split("|", 1) for line in done.stdout.splitlines() if "|" in line]
+    if partition is None:
+        rows = [row for row in rows if row[0].strip().endswith("*")] or rows
+    if done.returncode != 0 or not rows:
+        known = sorted(set(command("sinfo", "--noheader", "--format=%R").stdout.split()))
+        raise UserError(f"cluster.partition={partition}: no such partition; known: {', '.join(known) or 'none'}")
+    found = []
+    for _, gres in rows:
+        gpus = re.findall(r"\bgpu(?::([A-Za-z][\w.-]*))?:(\d+)", gres)
+        found.append((sum(int(count) for _, count in gpus), gpus[0][0].lower() or None if gpus else None))
+    return min(found, key=lambda one: one[0])
+
+
+def seconds(text: str) -> int | None:
+    """`1-02:03:04`, `2:03:04`, `3:04` → seconds; None for UNLIMITED, NOT_SET and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
+    if not match:
+        return None
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def batch_command(verb: str, *words: str) -> list[str]:
+    """What a batch script runs: ftdist.batch with the interpreter that submits, which the nodes must see too."""
+    return [sys.executable, "-m", "ftdist.batch", verb, *words]

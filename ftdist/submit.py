@@ -1,0 +1,123 @@
+"""cluster=slurm: a configuration → a run directory, and a job in the queue that trains it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ftdist import follow, job, lease, resume, rundir, schema, slurm
+from ftdist.errors import OK, UserError
+
+PREPARE = "prepare.sbatch"
+
+
+def run(config: dict[str, Any], run_dir: Path) -> int:
+    """Submit a new run, or go on with the one in `run_dir` (resume=auto); wait for it if that is wanted."""
+    refuse_active(run_dir)
+    cluster = config["cluster"]
+    if cluster["test_only"]:
+        print(would_start(config, run_dir), flush=True)
+        return OK
+    if cluster["check"]:
+        would_start(config, run_dir)
+    if config["resume"] == "auto" and resume.begun(run_dir, config):
+        return again(run_dir, config)
+    with rundir.claimed(run_dir) as token:
+        if cluster["prepare"] == "job":
+            rundir.write_json(run_dir / job.ASKED, config)
+        else:
+            job.freeze(config, run_dir)
+        lease.release(run_dir, token)  # it is the job's now
+        queue(run_dir, cluster, prepare=cluster["prepare"] == "job")
+    return followed(run_dir, cluster)
+
+
+def again(run_dir: Path, config: dict[str, Any]) -> int:
+    """A new job for a run that was stopped or killed."""
+    refuse_active(run_dir)
+    with lease.held(run_dir):
+        done = (run_dir / "final").is_dir() and (
+            not config["eval"]["samples"] or (run_dir / "eval" / "metrics.json").is_file()
+        )
+        if not done and not (run_dir / "final").is_dir():
+            resume.changed(run_dir, config, here=False)
+            rundir.forget_last_start(run_dir)
+    if done:
+        print("nothing to train: the run is finished", flush=True)
+        return OK
+    queue(run_dir, config["cluster"], prepare=False)
+    return followed(run_dir, config["cluster"])
+
+
+def refuse_active(run_dir: Path) -> None:
+    """UserError if a job of this run waits or runs."""
+    for number, known in follow.jobs_of([run_dir])[run_dir].items():
+        if known.active:
+            raise UserError(f"run_dir={run_dir}: its job {number} is {known.state.lower()}; "
+                            f"ftdist stop {run_dir} ends it")  # fmt: skip
+
+
+def queue(run_dir: Path, cluster: dict[str, Any], prepare: bool) -> str:
+    """Write the batch script and submit it; the job's number. prepare: by a CPU job that this one waits for."""
+    (run_dir / "logs").mkdir(mode=0o700, exist_ok=True)
+    script = run_dir / slurm.SCRIPT
+    script.write_text(text(run_dir, cluster), encoding="utf-8")
+    words, before = [], None
+    if prepare:
+        file = run_dir / PREPARE
+        file.write_text(preparation(run_dir, cluster), encoding="utf-8")
+        before = slurm.submit(file)
+        words = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
+        print(f"job {before} prepares the data", flush=True)
+    try:
+        number = slurm.submit(script, *words)
+    except UserError:
+        if before:
+            slurm.cancel([before])
+        raise
+    rundir.write_json(run_dir / follow.JOB, {"job": number, "prepare": before, "submitted": time.time()})
+    count = cluster["gpus"] or cluster["processes"]
+    kind = "GPU" if cluster["gpus"] else "process"
+    each = f"{count} {kind}" + (("es" if kind == "process" else "s") if count > 1 else "")
+    nodes = f"{cluster['nodes']} nodes, {each} each" if cluster["nodes"] > 1 else f"1 node, {each}"
+    print(f"job {number} is in the queue: {nodes}", flush=True)
+    return number
+
+
+def text(run_dir: Path, cluster: dict[str, Any], verb: str = "run", *words: str, **more: str) -> str:
+    """The batch script that trains a run, or does something else with it (`verb` of ftdist.batch, with `words`).
+
+    more: options of sbatch.
+    """
+    output = f"{slurm.pattern(run_dir / 'logs')}/job-%j.log"
+    keys = {**schema.pick(slurm.options, cluster), "sbatch": {"output": output, **more, **cluster["sbatch"]}}
+    chosen = slurm.options(run_dir.name, cluster["nodes"], **keys)
+    lines = slurm.setup(**schema.pick(slurm.setup, cluster))
+    return slurm.script(chosen, lines, slurm.batch_command(verb, str(run_dir), *words))
+
+
+def preparation(run_dir: Path, cluster: dict[str, Any]) -> str:
+    """The batch script that prepares its data, on one node without GPUs."""
+    own = {"partition": cluster["prepare_partition"] or cluster["partition"], "cpus": cluster["prepare_cpus"],
+           "memory": cluster["prepare_memory"], "time": cluster["prepare_time"]}  # fmt: skip
+    plain: dict[str, Any] = {"nodes": 1, "gpus": 0, "exclusive": False, "constraint": None, "sbatch": {}}
+    return text(run_dir, {**cluster, **own, **plain}, "prepare")
+
+
+def would_start(config: dict[str, Any], run_dir: Path) -> str:
+    """When SLURM would start the job, in its own words. UserError if it never would."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, slurm.SCRIPT)
+        script.write_text(text(run_dir, config["cluster"]), encoding="utf-8")
+        return slurm.test_only(script)
+
+
+def followed(run_dir: Path, cluster: dict[str, Any]) -> int:
+    """How to follow the job, or its output until it ends; the status."""
+    if not cluster["wait"]:
+        print(f"follow it: ftdist logs {run_dir} --follow    state: ftdist status {run_dir}    "
+              f"end it: ftdist stop {run_dir}", flush=True)  # fmt: skip
+        return OK
+    return follow.logs(run_dir, follow=True)

@@ -1,0 +1,168 @@
+"""What a sweep is on the disk: the list of its members, how each is to run, and what has become of each.
+
+SWEEP/sweep.yaml           what was asked for; members: name (of the run directory), override words
+SWEEP/members/NAME.yaml    the member's whole configuration
+SWEEP/members/NAME.json    its state
+SWEEP/NAME/                its run directory
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftdist import errors, lease, rundir
+from ftdist.errors import UserError
+
+FILE = "sweep.yaml"
+FOLDER = "members"
+WAITING, RUNNING, FINISHED, FAILED, STOPPED, PRUNED = "waiting", "running", "finished", "failed", "stopped", "pruned"
+REFUSED = "refused"  # a combination of a search that cannot be
+DONE = (FINISHED, PRUNED, REFUSED)
+LONGEST = 60  # characters of a member's name
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep. name: of its run directory; words: the overrides that are its own."""
+
+    name: str
+    words: list[str]
+
+
+@dataclass(frozen=True)
+class State:
+    """What has become of a member. status: the exit status of its last start; attempts: starts so far."""
+
+    state: str = WAITING
+    reason: str | None = None
+    status: int | None = None
+    attempts: int = 0
+    retries: int = 0  # of these, after failures and since the sweep was last started
+    seconds: float = 0.0  # of all starts
+    owner: str | None = None  # the job of SLURM that has it
+    since: float = 0.0  # when this was written, or the running start began
+
+
+def fresh_name(model: str) -> str:
+    """sweeps/<time>-<model>; microseconds keep two starts in one second apart."""
+    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S.%f")
+    return f"sweeps/{now}-{Path(model).name}"
+
+
+def own_words(members: list[list[str]]) -> list[list[str]]:
+    """Of each member's overrides those that are not the same in all."""
+    plain = [[word.lstrip("+") for word in words] for words in members]
+    return [[word for word in words if any(word not in others for others in plain)] for words in plain]
+
+
+def names(members: list[list[str]], first: int = 0) -> list[str]:
+    """Number and values of each member, fit for a folder: `03-lora-0.0002`."""
+    width = max(2, len(str(first + len(members) - 1)))
+    found = []
+    for number, words in enumerate(members, first):
+        values = [re.sub(r"[^\w.+-]+", "_", _short(word.partition("=")[2])).strip("_") for word in words]
+        found.append("-".join([f"{number:0{width}}", *filter(None, values)])[:LONGEST].rstrip("-._"))
+    return found
+
+
+def _short(value: str) -> str:
+    """A value for a name; of a number four digits."""
+    if not re.fullmatch(r"-?\d+\.\d{3,}(e-?\d+)?", value):
+        return value
+    return f"{float(value):.4g}"
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a directory is a sweep's."""
+    return (path / FILE).is_file()
+
+
+def write(sweep_dir: Path, asked: dict[str, Any], members: list[Member], configs: list[dict[str, Any]]) -> None:
+    """Freeze a sweep: the configurations of its members first, their list last."""
+    folder = sweep_dir / FOLDER
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for member, config in zip(members, configs, strict=True):
+        rundir.write_yaml(folder / f"{member.name}.yaml", config)
+    rundir.write_yaml(sweep_dir / FILE, {**asked, "members": [asdict(member) for member in members]})
+
+
+def add(sweep_dir: Path, member: Member, config: dict[str, Any]) -> None:
+    """One more member, of a search. Several processes may do it at once."""
+    with lease.locked(sweep_dir):
+        asked = read(sweep_dir)
+        rundir.write_yaml(sweep_dir / FOLDER / f"{member.name}.yaml", config)
+        rundir.write_yaml(sweep_dir / FILE, {**asked, "members": [*asked["members"], asdict(member)]})
+
+
+def change(sweep_dir: Path, sweep: dict[str, Any]) -> None:
+    """Other values of `sweep`, from now on."""
+    with lease.locked(sweep_dir):
+        rundir.write_yaml(sweep_dir / FILE, {**read(sweep_dir), "sweep": sweep})
+
+
+def read(sweep_dir: Path) -> dict[str, Any]:
+    """sweep.yaml: `name words sweep members …`. UserError if it is not there or not whole."""
+    import yaml
+
+    file = sweep_dir / FILE
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{sweep_dir}: no sweep (no {FILE} in it); sweeps are made by `ftdist train -m`")
+    except (OSError, ValueError, yaml.YAMLError) as failure:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(failure).split())[:160]})")
+    if not isinstance(found, dict) or not {"words", "sweep", "members"} <= set(found):
+        raise UserError(f"{file}: no sweep's file (words, sweep, members are wanted in it)")
+    return found
+
+
+def members(sweep_dir: Path) -> list[Member]:
+    """The members in order."""
+    return [Member(**entry) for entry in read(sweep_dir)["members"]]
+
+
+def config(sweep_dir: Path, name: str) -> dict[str, Any]:
+    """A member's configuration as it was frozen."""
+    import yaml
+
+    found: dict[str, Any] = yaml.safe_load((sweep_dir / FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def state(sweep_dir: Path, name: str) -> State:
+    """What has become of a member so far."""
+    try:
+        return State(**json.loads((sweep_dir / FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return State()
+
+
+def mark(sweep_dir: Path, name: str, **values: Any) -> State:
+    """Write down what is new about a member."""
+    changed = State(**{**asdict(state(sweep_dir, name)), **values, "since": time.time()})
+    rundir.write_json(sweep_dir / FOLDER / f"{name}.json", asdict(changed))
+    return changed
+
+
+def ended(sweep_dir: Path, name: str, status: int, reason: str | None, seconds: float) -> State:
+    """Write down how a start of a member has ended. seconds: that it took."""
+    words = {errors.OK: FINISHED, errors.STOPPED: STOPPED, errors.INTERRUPTED: STOPPED}
+    total = state(sweep_dir, name).seconds + seconds
+    return mark(sweep_dir, name, state=words.get(status, FAILED), status=status, reason=reason, seconds=total)
+
+
+def unfinished(sweep_dir: Path) -> list[str]:
+    """Members that a start of the sweep has still to run, in order."""
+    return [member.name for member in members(sweep_dir) if state(sweep_dir, member.name).state not in DONE]
+
+
+def reopen(sweep_dir: Path, names: list[str]) -> None:
+    """These members are to be run, or gone on with, by a start of the sweep."""
+    for name in names:
+        mark(sweep_dir, name, state=WAITING, reason=None, status=None, retries=0, owner=None)

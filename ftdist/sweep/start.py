@@ -1,0 +1,255 @@
+"""A sweep from its words to its table: check, plan, prepare and freeze all members, run them, rank what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from ftdist import compose, follow, job, lease, rundir, stops
+from ftdist.errors import FAILED, INTERRUPTED, STOPPED, Failed, UserError
+from ftdist.sweep import checks, directory, keys, local, rank
+from ftdist.sweep.directory import Member, State
+
+CHANGEABLE = ("sweep.parallel", "sweep.retries", "sweep.trials")
+
+
+class Source(Protocol):
+    """Where a sweep's members come from, and who is told what became of them."""
+
+    def take(self) -> str | None: ...
+
+    def look(self, name: str) -> None: ...
+
+    def ended(self, name: str, state: State) -> None: ...
+
+
+class Grid:
+    """Members that were all known at the start."""
+
+    def __init__(self, sweep_dir: Path) -> None:
+        self.sweep_dir = sweep_dir
+        self.waiting = directory.unfinished(sweep_dir)
+
+    def take(self) -> str | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+    def look(self, name: str) -> None:
+        pass
+
+    def ended(self, name: str, state: State) -> None:
+        rank.settled(self.sweep_dir, name, state)
+
+
+def start(made: compose.Composed, argv: list[str]) -> None:
+    """Everything that `ftdist train -m …` or `sweep=search` does. Failed if a member has failed or was stopped."""
+    sweep, first = made.sweep, made.configs[0]
+    searching = sweep["name"] == "search"
+    if searching and made.several:
+        raise UserError("sweep=search: -m makes a grid of the values given; leave one of the two out")
+    if searching and first["run_dir"] is not None:
+        raise UserError(f"run_dir={first['run_dir']}: the folder of a search's runs is sweep_dir=DIR")
+    automatic = first["resume"] == "auto"
+    if automatic and made.sweep_dir is None:
+        raise UserError("resume=auto: go on with which sweep? set sweep_dir=DIR")
+    folder = made.sweep_dir or directory.fresh_name(first["model"]["path"])
+    if not searching:
+        folder = str(Path(first["run_dir"]).parent)
+    sweep_dir = Path(folder).expanduser().absolute()
+    asked = {
+        "name": sweep_dir.name,
+        "words": _common(argv, made.words),
+        "sweep": sweep,
+        "seed": first["seed"],
+        "directory": str(Path.cwd()),
+    }
+    if automatic and directory.is_sweep(sweep_dir):
+        _refuse_other(sweep_dir, asked, made.words)
+        go_on(sweep_dir, [])
+        return
+    if automatic:
+        rundir.clear_unfinished(sweep_dir)
+    configs = made.configs
+    if searching:
+        from ftdist.sweep import search
+
+        configs = search.examples(asked)
+    for config in configs:
+        checks.completed(config, asked, sweep_dir)
+    plans = checks.planned(configs)
+    named = directory.names(made.words)
+    checks.say_plans(plans, [f"example {i}" for i in range(len(configs))] if searching else named)
+    if in_slurm(configs):
+        from ftdist.sweep import array
+
+        array.check(configs, sweep)
+        if configs[0]["cluster"]["test_only"]:
+            array.test(sweep_dir, configs)
+            return
+    else:
+        checks.places(sweep, configs)
+        checks.fit_together(plans, sweep["parallel"], configs)
+    with rundir.claimed(sweep_dir) as token:
+        checks.prepared(configs, sweep["objective"])
+        members = [] if searching else [Member(*pair) for pair in zip(named, made.words, strict=True)]
+        directory.write(sweep_dir, asked, members, configs if members else [])
+        if in_slurm(configs):
+            array.freeze(sweep_dir, [member.name for member in members])
+        (sweep_dir / rundir.CLAIM).unlink()  # a sweep is never an unfinished start of a run
+    try:
+        count = sweep["trials"] if searching else len(members)
+        what = "trials" if searching else "members"
+        print(f"{count} {what} in {sweep_dir}, ranked by {sweep['objective']} ({sweep['direction']})", flush=True)
+        _run(sweep_dir, configs)
+    finally:
+        lease.release(sweep_dir, token)
+
+
+def go_on(sweep_dir: Path, words: list[str]) -> None:
+    """`ftdist resume SWEEP [sweep.parallel=2]`: what is finished stays, what was stopped or has failed goes on."""
+    asked = directory.read(sweep_dir)
+    sweep = dict(asked["sweep"])
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in CHANGEABLE or key.partition(".")[2] not in sweep:
+            fitting = [k for k in CHANGEABLE if k.partition(".")[2] in sweep]
+            raise UserError(f"{word}: cannot change in a sweep that has begun; what can: {', '.join(fitting)}")
+        sweep[key.partition(".")[2]] = int(value) if value.isdigit() else value
+    keys.check(sweep)
+    if Path(asked["directory"]).is_dir():
+        os.chdir(asked["directory"])  # relative paths of the configurations
+    with lease.held(sweep_dir):
+        if sweep != asked["sweep"]:
+            directory.change(sweep_dir, sweep)
+        if sweep["name"] == "search":
+            from ftdist.sweep import search
+
+            configs = search.examples(asked)
+            for config in configs:
+                checks.completed(config, {**asked, "sweep": sweep}, sweep_dir)
+                job.decide(config)
+        else:
+            configs = [directory.config(sweep_dir, member.name) for member in directory.members(sweep_dir)]
+        left = directory.unfinished(sweep_dir)
+        if in_slurm(configs):
+            from ftdist.sweep import array
+
+            jobs = array.active(sweep_dir)
+            left = [name for name in left if directory.state(sweep_dir, name).owner not in jobs]
+            if jobs:
+                print(f"{len(jobs)} jobs of this sweep wait or run; they are left alone", flush=True)
+            array.freeze(sweep_dir, [name for name in left if (sweep_dir / name).is_dir() or sweep["name"] == "grid"])
+        directory.reopen(sweep_dir, left)
+        print(f"going on with {sweep_dir} ({len(left)} members unfinished)", flush=True)
+        _run(sweep_dir, configs)
+
+
+def in_slurm(configs: list[dict[str, Any]]) -> bool:
+    """Where the members run. UserError if some are jobs and others are not."""
+    names = {config["cluster"]["name"] for config in configs}
+    if len(names) > 1:
+        raise UserError(f"cluster: the members of one sweep run in one place, these in {' and '.join(sorted(names))}")
+    return names == {"slurm"}
+
+
+def _run(sweep_dir: Path, configs: list[dict[str, Any]]) -> None:
+    """Run what is to be run, then the table. configs: what the members are like.
+
+    Failed says with which status it ends.
+    """
+    sweep = directory.read(sweep_dir)["sweep"]
+    if sweep["name"] == "search":
+        from ftdist.sweep import search
+
+        source: Source = search.Search(sweep_dir)
+    else:
+        source = Grid(sweep_dir)
+    (sweep_dir / stops.REQUEST).unlink(missing_ok=True)
+    why = None
+    if in_slurm(configs):
+        from ftdist.sweep import array
+
+        _queue(sweep_dir, sweep, configs[0]["cluster"])
+        if array.active(sweep_dir):
+            if not configs[0]["cluster"]["wait"]:
+                print(f"state: ftdist status {sweep_dir}    results: ftdist report {sweep_dir}    "
+                      f"end it: ftdist stop {sweep_dir}\nsweep: {sweep_dir}", flush=True)  # fmt: skip
+                return
+            why = array.wait(sweep_dir, lambda name, state: print(f"{name}: {state.state}", flush=True))
+    else:
+        places, limit = checks.places(sweep, configs), stops.Limit(configs[0]["train_until"])
+        why = local.run(sweep_dir, source.take, source.look, source.ended, places, sweep["retries"], limit)
+    _conclude(sweep_dir, sweep, why)
+
+
+def _queue(sweep_dir: Path, sweep: dict[str, Any], cluster: dict[str, Any]) -> None:
+    """Submit what has no job."""
+    from ftdist.sweep import array
+
+    jobs = array.active(sweep_dir)
+    names = [n for n in directory.unfinished(sweep_dir) if directory.state(sweep_dir, n).owner not in jobs]
+    if sweep["name"] == "grid":
+        array.queue(sweep_dir, names)
+        return
+    left = len(names) + max(0, sweep["trials"] - len(directory.members(sweep_dir)))
+    if (count := min(sweep["parallel"], left) - len(jobs)) > 0:
+        array.queue_workers(sweep_dir, cluster, count)
+
+
+def stop(sweep_dir: Path) -> str:
+    """Ask a sweep to stop: the running members save, no other starts; what was done. UserError: it is not active."""
+    names = directory.unfinished(sweep_dir)
+    stops.request(sweep_dir, follow.STOP)
+    done = []
+    for name in names:
+        if (sweep_dir / name / follow.JOB).is_file():
+            with contextlib.suppress(UserError):  # not active
+                done.append(f"{name}: {follow.stop(sweep_dir / name)}")
+    if lease.living(sweep_dir) is not None:
+        done.append("no other member starts, the running ones save; ftdist resume goes on")
+    if not done:
+        (sweep_dir / stops.REQUEST).unlink()
+        raise UserError(f"{sweep_dir}: not active ({len(names)} members unfinished); nothing to stop")
+    return "\n".join(done)
+
+
+def _conclude(sweep_dir: Path, sweep: dict[str, Any], why: str | None) -> None:
+    """The table, and the status as Failed."""
+    rows = rank.results(sweep_dir)
+    print(rank.table(rows, sweep["objective"]), flush=True)
+    print(f"sweep: {sweep_dir}", flush=True)
+    failed = [row for row in rows if row["state"] == directory.FAILED]
+    stopped = [row for row in rows if row["state"] not in (directory.FAILED, *directory.DONE)]
+    again = f"go on with: ftdist resume {sweep_dir}"
+    if why or stopped:
+        reason = f" ({why})" if why else ""
+        status = INTERRUPTED if why == "Ctrl-C" else STOPPED
+        raise Failed(f"stopped{reason}: {len(stopped)} of {len(rows)} members are unfinished; {again}", status)
+    if failed:
+        raise Failed(f"{len(failed)} of {len(rows)} members failed; {again}", FAILED)
+
+
+def _common(argv: list[str], members: list[list[str]]) -> list[str]:
+    """The words that all members share: no `-m`, nothing of the sweep's own, no lists of values."""
+    own = {word.partition("=")[0] for words in members for word in words}
+    return [
+        word
+        for word in argv
+        if word not in ("-m", "--multirun")
+        and (name := word.partition("=")[0].lstrip("+")) not in own
+        and name.partition(".")[0] not in ("sweep", "sweep_dir", "resume")
+    ]
+
+
+def _refuse_other(sweep_dir: Path, asked: dict[str, Any], words: list[list[str]]) -> None:
+    """resume=auto goes on with the sweep that was asked for, not with another one in its folder."""
+    before = directory.read(sweep_dir)
+    fixed = {k: v for k, v in asked["sweep"].items() if f"sweep.{k}" not in CHANGEABLE}
+    earlier = {k: v for k, v in before["sweep"].items() if f"sweep.{k}" not in CHANGEABLE}
+    grid = [entry["words"] for entry in before["members"]] if before["sweep"]["name"] == "grid" else words
+    if before["words"] != asked["words"] or earlier != fixed or grid != words:
+        raise UserError(
+            f"sweep_dir={sweep_dir}: holds another sweep ({' '.join(before['words'])}); use its words to go on, or "
+            "another sweep_dir"
+        )
