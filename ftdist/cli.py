@@ -96,9 +96,8 @@ def private_and_stoppable() -> None:
 
 
 def train(argv: list[str]) -> int:
-    """One run, or with -m or sweep=search several; a recipe may be several runs, one after another."""
-    from ftdist import compose, job, stages
-    from ftdist import resume as resuming
+    """One run, several that follow one another, or with -m or sweep=search a sweep."""
+    from ftdist import compose, stages
 
     made = compose.several("train", argv)
     if made.several or made.sweep.get("name") == "search":
@@ -106,47 +105,27 @@ def train(argv: list[str]) -> int:
 
         start.start(made, argv)
         return OK
-    (config,) = made.configs
-    recipe = stages.of("train", config, argv)
-    if len(recipe) > 1:
-        return in_stages(recipe)
-    job.ready(config)
-    run_dir = Path(config["run_dir"]).expanduser().absolute()
-    try:
-        if config["cluster"]["name"] == "slurm":
-            from ftdist import submit
+    for config in made.configs:
+        recipe = stages.of("train", config, argv)
+        stages.ready(recipe)
+        try:
+            if config["cluster"]["name"] == "slurm":
+                from ftdist import submit
 
-            if status := submit.run(config, run_dir):
-                return status
-            if config["cluster"]["test_only"]:
-                return OK
-        elif config["resume"] == "auto" and resuming.begun(run_dir, config):
-            resuming.resume(run_dir, config)
-        else:
-            job.run(config, run_dir)
-    except KeyboardInterrupt:
-        if (run_dir / "config.yaml").is_file():
-            print(f"\nftdist: stopped; unfinished run in {run_dir}", file=sys.stderr)
-            return INTERRUPTED
-        raise
-    print(f"run: {run_dir}")
-    return OK
-
-
-def in_stages(recipe: list[dict[str, Any]]) -> int:
-    """Every run of a recipe; the last one's directory is the result."""
-    from ftdist import stages
-
-    stages.ready(recipe)  # everything is checked before anything starts
-    try:
-        run_dir = stages.run(recipe)
-    except KeyboardInterrupt:
-        begun = [stage["run_dir"] for stage in recipe if Path(stage["run_dir"], "config.yaml").is_file()]
-        if begun:
-            print(f"\nftdist: stopped; unfinished run in {begun[-1]}", file=sys.stderr)
-            return INTERRUPTED
-        raise
-    print(f"run: {run_dir}")
+                run_dir = Path(config["run_dir"]).expanduser().absolute()
+                if status := submit.run(config, run_dir):
+                    return status
+                if config["cluster"]["test_only"]:
+                    continue
+            else:
+                run_dir = stages.run(recipe)
+        except KeyboardInterrupt:
+            begun = [stage["run_dir"] for stage in recipe if Path(stage["run_dir"], "config.yaml").is_file()]
+            if begun:
+                print(f"\nftdist: stopped; unfinished run in {begun[-1]}", file=sys.stderr)
+                return INTERRUPTED
+            raise
+        print(f"run: {run_dir}")
     return OK
 
 

@@ -92,7 +92,7 @@ def check(config: dict[str, Any]) -> None:
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
     schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
     if config["task"]["name"] == "dpo":
-        align.check(config["task"], config["train"])
+        align.check(config["task"], config["train"], config["model"])
         if config["data"]["replay"] is not None:
             raise UserError(f"data.replay={config['data']['replay']}: task=dpo learns from pairs, replayed rows are "
                             "none; leave it out, or replay in the task=sft run before it")  # fmt: skip

@@ -25,8 +25,7 @@ def of(verb: str, config: dict[str, Any], argv: list[str]) -> list[dict[str, Any
     if not config["then"]:
         return [config]
     if config["cluster"]["name"] != "local":
-        raise UserError(f"then: the runs of a recipe follow one another on this machine, not with cluster="
-                        f"{config['cluster']['name']}; start them one by one, each with model.path=RUN")  # fmt: skip
+        raise UserError("then: a job is one run; submit the first, then the next with model.path=RUN")
     shared = [word for word in argv if not re.match(OWN, word)]
     folder = Path(config["run_dir"] or rundir.fresh_name(config["model"]["path"], config["strategy"]["name"]))
     found = [config]

@@ -95,12 +95,12 @@ def train(run_dir: Path) -> int:
         keep.resume(*checkpoint)
     kind: Any = TokenTrainer
     pad_id = tokenizer.pad_token_id or 0
-    batched: Any = partial(collate, general=general)
+    collate_rows: Any = partial(collate, general=general)
     named: dict[str, Any] = {}
     if config["task"]["name"] == "dpo":
         from ftdist.align import setup
 
-        kind, batched, named = setup.dpo(run_dir, config, plan, token, recipe)
+        kind, collate_rows, named = setup.dpo(run_dir, config, plan, token, recipe)
     with models.partly_quantized(model):
         trainer = kind(
             model=model,
@@ -110,7 +110,7 @@ def train(run_dir: Path) -> int:
             trainable=plan["trainable_parameters"],
             train_dataset=rows_of(data / "train"),
             eval_dataset=rows_of(data / "validation"),
-            data_collator=partial(batched, pad_id=pad_id),
+            data_collator=partial(collate_rows, pad_id=pad_id),
             replay=bool(general),
             callbacks=list(recipe.callbacks),
             keeper=keep,

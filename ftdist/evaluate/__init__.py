@@ -108,9 +108,7 @@ def retention_data(config: dict[str, Any]) -> dict[str, str]:
     tokenizer = Path(config["model"]["path"])
     template, longest = config["data"]["chat_template"], config["train"]["max_length"]
     return {
-        name: str(
-            _prepared(Path(config["run_dir"]), config, tokenizer, longest, data, "eval.retention", "sft", template)
-        )
+        name: str(_prepared(Path(config["run_dir"]), config, tokenizer, longest, data, "eval.retention", template))
         for name, data in retention_sets(config["eval"]["retention"]).items()
     }
 
@@ -159,7 +157,7 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
     if not os.access(target, os.W_OK):
         raise UserError(f"{target}: cannot be written, and eval/ comes into it; copy it to another place")
     if wanted["data"]:
-        prepared = _prepared(target, config, tokenizer, longest, wanted["data"], "eval.data", "sft")
+        prepared = _prepared(target, config, tokenizer, longest, wanted["data"], "eval.data")
     else:
         assert plan is not None
         prepared = Path(plan["prepared"])
@@ -168,12 +166,12 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
             f"{target}: its prepared data are gone ({prepared}); give the held-out rows with eval.data=FILE"
         )
     retention = {
-        name: str(_prepared(target, config, tokenizer, longest, data, "eval.retention", "sft"))
+        name: str(_prepared(target, config, tokenizer, longest, data, "eval.retention"))
         for name, data in retention_sets(wanted["retention"]).items()
     }
     preferences = None
     if wanted["preferences"]:
-        preferences = _prepared(target, config, tokenizer, longest, wanted["preferences"], "eval.preferences", "dpo")
+        preferences = _prepared(target, config, tokenizer, longest, wanted["preferences"], "eval.preferences")
     elif plan is not None and config["task"]["name"] == "dpo" and Path(plan["prepared"]).is_dir():
         preferences = Path(plan["prepared"])
     task = {
@@ -209,7 +207,7 @@ def _positions(directory: Path, base: str | None) -> int:
 
 
 def _prepared(
-    target: Path, config: dict[str, Any], tokenizer: Path, longest: int, data: str | list[str], key: str, task: str,
+    target: Path, config: dict[str, Any], tokenizer: Path, longest: int, data: str | list[str], key: str,
     template: str = "tokenizer",
 ) -> Path:  # fmt: skip
     """Rows of the user's own file, in the template and with the mask of the run, none taken out."""
@@ -218,7 +216,6 @@ def _prepared(
     keep = {
         **config["data"],
         "path": data,
-        "format": config["data"]["format"] if task == config["task"]["name"] else "auto",
         "validation": data,
         "validation_share": 0.0,
         "exact_duplicates": "keep",
@@ -235,12 +232,14 @@ def _prepared(
         "trust_remote_code": config["model"]["trust_remote_code"],
         "max_length": longest,
         "packing": False,
-        "task": task,
+        "task": "dpo" if key == "eval.preferences" else "sft",
         "seed": config["seed"],
         "cache_dir": rundir.cache_root() / "data",
     }
     if key == "eval.retention":  # general data have their own form, whatever is trained on
         keep |= {"format": "auto", "columns": {}, "mask": "auto"}
+    elif keep["task"] != config["task"]["name"]:
+        keep |= {"format": "auto", "columns": {}}
     unlike = set(keep) ^ set(schema.keys_of(prepare))
     if unlike:
         raise UserError(f"{target}: made by another version of ftdist, with other keys of data ({min(unlike)})")

@@ -29,11 +29,11 @@ def losses(
 
 def pair_losses(
     model: Any, prepared: Path, batch_size: int, pad_id: int, which: str
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The same of the chosen and of the rejected answers of every held-out pair."""
     rows = rows_of(prepared / "validation")
-    found, half = _losses(model, Answers(rows), batch_size, pad_id, which), len(rows)
-    return tuple(column[:half] for column in found), tuple(column[half:] for column in found)
+    both = _losses(model, Answers(rows), batch_size, pad_id, which)
+    return [values[: len(rows)] for values in both], [values[len(rows) :] for values in both]
 
 
 def _losses(

@@ -64,11 +64,10 @@ def run(
         size, pairs = wanted["batch_size"], None
         if preferences is not None:
             pairs = generate.pair_losses(model, preferences, size, pad, f"{which}, preferences")
-        if pairs is not None and preferences == prepared:  # no other rows: the loss is that of the chosen answers
-            of_rows = pairs[0]
+        if pairs is not None and preferences == prepared:  # no other rows: what is measured are the chosen answers
+            found[which] = scores.of_tokens(*pairs[0])
         else:
-            of_rows = generate.losses(model, prepared, size, pad, which)
-        found[which] = scores.of_tokens(*of_rows)
+            found[which] = scores.of_tokens(*generate.losses(model, prepared, size, pad, which))
         if pairs is not None:
             preferred, margins = scores.preferences(pairs[0][0], pairs[1][0], margins)
             found[which] |= preferred

@@ -89,6 +89,11 @@ class Case:
         )
 
     @property
+    def held_reference(self) -> int:
+        """Bytes of a frozen copy on one rank: ZeRO-3 shards it too."""
+        return self.reference_bytes // self.world if self.stage == 3 else self.reference_bytes
+
+    @property
     def consolidation(self) -> tuple[int, int, int, int]:
         """Bytes of the penalty, as `penalty_bytes` has them."""
         return penalty_bytes(self.penalty, self.held, self.stage, self.world) if self.penalty else (0, 0, 0, 0)
@@ -97,11 +102,6 @@ class Case:
     def penalty_on_host(self) -> bool:
         """Fisher and anchor lie where the optimizer's weights do; the Fisher of a drift is the device's."""
         return self.penalty is not None and not self.penalty.drift and self.offload_optimizer and self.gpu
-
-    @property
-    def held_reference(self) -> int:
-        """Bytes of a frozen copy on one rank: ZeRO-3 shards it too."""
-        return self.reference_bytes // self.world if self.stage == 3 else self.reference_bytes
 
     @property
     def tokens(self) -> int:
@@ -283,10 +283,10 @@ def standing(case: Case, made: States) -> dict[str, int]:
         "buckets": made.standing_buckets if case.stage == 3 else 0,
         "gradients_in_backward": made.gradients,
     }
-    if case.penalty:
-        counted["host_penalty" if case.penalty_on_host else "penalty"] = case.consolidation[0]
     if case.reference == "copy":
         counted["reference"] = case.held_reference
+    if case.penalty:
+        counted["host_penalty" if case.penalty_on_host else "penalty"] = case.consolidation[0]
     for kind, size in made.host.items():
         name = f"host_{kind}" if case.gpu else kind
         counted[name] = counted.get(name, 0) + size

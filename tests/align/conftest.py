@@ -1,6 +1,5 @@
-"""Pairs of answers, and the forking process of tests/durable."""
+"""Pairs of answers, and runs on them by forked starts of the worker."""
 
-import importlib.util
 import json
 import random
 import sys
@@ -8,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DURABLE = Path(__file__).parents[1] / "durable"
-sys.path.append(str(DURABLE))
-_spec = importlib.util.spec_from_file_location("durable_fixtures", DURABLE / "conftest.py")
-_durable = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_durable)
-forks = _durable.forks  # a fixture
+sys.path.append(str(Path(__file__).parents[1] / "durable"))  # its module `runs`
 
 ROWS = 60
 STEPS = 6

@@ -175,7 +175,7 @@ def test_padding_and_fillers_change_no_log_probability(tiny):
 
 
 TASK = {"loss_type": "sigmoid", "loss_weights": None, "label_smoothing": 0.0, "margin": 0.0, "reference": "auto",
-        "reference_model": None}  # fmt: skip
+        "reference_model": None, "disable_dropout": True}  # fmt: skip
 TRAIN = {"packing": False, "loss_type": "nll"}
 
 
@@ -188,15 +188,16 @@ TRAIN = {"packing": False, "loss_type": "nll"}
         ({"loss_type": "ipo", "margin": 1.0}, {}, "task.margin=1.0: read by"),
         ({"loss_type": "ipo", "reference": "none"}, {}, "ipo compares with a reference"),
         ({"reference": "adapter_off", "reference_model": "x"}, {}, "task.reference_model=x"),
+        ({}, {}, "task.disable_dropout=false"),
         ({}, {"packing": True}, "use train.packing=false"),
         ({}, {"loss_type": "dft"}, "use task.loss_type"),
         ({}, {"label_smoothing_factor": 0.1}, "use task.label_smoothing"),
     ],
 )
 def test_keys_that_do_not_fit_one_another(task, train, said):
-    align.check(TASK, TRAIN)
+    align.check(TASK, TRAIN, {"dropout": None})
     with pytest.raises(UserError, match=said):
-        align.check(TASK | task, TRAIN | train)
+        align.check(TASK | task, TRAIN | train, {"dropout": 0.1 if "dropout" in said else None})
 
 
 def test_how_the_reference_is_had():
