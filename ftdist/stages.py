@@ -25,7 +25,7 @@ def of(verb: str, config: dict[str, Any], argv: list[str]) -> list[dict[str, Any
     if not config["then"]:
         return [config]
     if config["cluster"]["name"] != "local":
-        raise UserError("then: a job is one run; submit the first, then the next with model.path=RUN")
+        refuse(config)
     shared = [word for word in argv if not re.match(OWN, word)]
     folder = Path(config["run_dir"] or rundir.fresh_name(config["model"]["path"], config["strategy"]["name"]))
     found = [config]
@@ -42,6 +42,12 @@ def of(verb: str, config: dict[str, Any], argv: list[str]) -> list[dict[str, Any
     for number, made in enumerate(found, 1):
         made["run_dir"] = str(folder / f"{number}-{made['task']['name']}")
     return found
+
+
+def refuse(config: dict[str, Any]) -> None:
+    """Where a job, or somebody else's launcher, is one run."""
+    if config["then"]:
+        raise UserError("then: a job is one run; submit the first, then the next with model.path=RUN")
 
 
 def ready(stages: list[dict[str, Any]]) -> None:
