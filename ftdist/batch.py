@@ -194,11 +194,11 @@ class Job:
         if self.cluster["network_check"]:
             os.environ["FTDIST_NETWORK_CHECK"] = str(self.cluster["network_check"])
             status = self.follow(self.task("ftdist.node", *ranks, "ftdist.preflight"))
-            launcher.judge(self.run_dir, status)
+            launcher.judge(self.run_dir, status, self.token)
             print("network check: passed", flush=True)
         status = self.follow(self.task("ftdist.node", *ranks, "ftdist.worker"), trains=True)
         # A node is content with ranks that stop as asked; whether anything is finished is in outcome.json.
-        launcher.judge(self.run_dir, status or FAILED)
+        launcher.judge(self.run_dir, status or FAILED, self.token)
 
     def evaluate(self) -> None:
         """What follows training, in a task on the first node."""
@@ -296,6 +296,10 @@ class Job:
         """
         if failure is None or failure.status in (USAGE, FENCED):
             return failure, None
+        try:
+            lease.check(self.run_dir, self.token)
+        except Failed as gone:  # SLURM has started the job elsewhere: nothing here is ours to decide
+            return gone, None
         self.asked()  # a signal may have come since the ranks ended
         reason, user = self.reason, stops.requested(self.run_dir)
         if failure.status == STOPPED and reason is None:  # the ranks were signalled, this process was not

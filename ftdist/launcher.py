@@ -210,8 +210,11 @@ def run(run_dir: Path, count: int, token: int, grace: float) -> None:
     judge(run_dir, status)
 
 
-def judge(run_dir: Path, status: int) -> None:
-    """What the ranks left behind, as an exception, unless they have finished. status: of whatever started them."""
+def judge(run_dir: Path, status: int, token: int | None = None) -> None:
+    """What the ranks left behind, as an exception, unless they have finished. status: of whatever started them.
+
+    token: their lease, where ranks of an earlier start may still be alive.
+    """
     outcome = outcome_of(run_dir)
     if outcome.get("status") == STOPPED:
         again = INTERRUPTED if outcome["reason"] == "Ctrl-C" else STOPPED
@@ -221,7 +224,7 @@ def judge(run_dir: Path, status: int) -> None:
             again,
         )
     if status != OK and outcome.get("status") != OK:
-        raise _failure(first_error(run_dir))
+        raise _failure(first_error(run_dir, token))
 
 
 def _wait(child: subprocess.Popen[bytes], logs: Path, grace: float) -> int:
@@ -258,8 +261,8 @@ def _failure(error: dict[str, Any]) -> Exception:
     return Failed(f"rank {error['rank']}{where}: {error['message']} (log: {error['log']})", error["status"])
 
 
-def first_error(run_dir: Path) -> dict[str, Any]:
-    """The error of the rank that failed first; what the launcher said if no rank could say anything."""
+def first_error(run_dir: Path, token: int | None = None) -> dict[str, Any]:
+    """The error of the rank (under that lease) that failed first; what the launcher said if none could say anything."""
     log = run_dir / "logs" / "launcher.log"
     text = log.read_text(errors="replace") if log.exists() else ""
     # A killed rank says nothing itself, while the others complain of the connection to it.
@@ -267,7 +270,8 @@ def first_error(run_dir: Path) -> dict[str, Any]:
         number = killed[1] or killed[3]
         message = f"killed by signal {number}" + (" (out of memory?)" if number == "9" else "")
         return {"rank": killed[2] or 0, "message": message, "log": str(log), "status": FAILED}
-    reports = [json.loads(f.read_text()) for f in (run_dir / "logs").glob("rank-*.error.json")]
+    found = [json.loads(f.read_text()) for f in (run_dir / "logs").glob("rank-*.error.json")]
+    reports = [r for r in found if token is None or r.get("lease") == str(token)]
     if reports:
         report: dict[str, Any] = min(reports, key=lambda r: (not r.get("killed"), r["time"]))
         return report

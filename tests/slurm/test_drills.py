@@ -193,7 +193,7 @@ def test_a_node_that_does_not_see_the_run(on_slurm, clusters, words, tmp_path):
 def test_expected_devices(on_slurm, clusters, words, tmp_path):
     """GPUs that SLURM gives and torch does not see."""
     fake = clusters(NODES=1, GPUS=2)
-    keys = ("cluster=slurm", "hardware=h100", "engine=zero2", "cluster.memory=3G", "cluster.wait=true")
+    keys = ("cluster=slurm", "hardware=h100", "engine=zero2", "cluster.memory=8G", "cluster.wait=true")
     waited = on_slurm(fake, "train", *words, *keys, f"run_dir={tmp_path}/run")
     assert waited.status == 1, waited
     assert f"preflight: node {fake.nodes[0]}: devices: torch sees 0 of 2 GPUs" in waited.stdout
