@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: install quickstart test test-slow drill forgetting check clean
+.PHONY: install quickstart test test-slow drill slurm-up slurm-down slurm-drill forgetting bench check clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,18 @@ test-slow: $(VENV)/.installed-test ## what does not fit the suite's time
 
 drill: $(VENV)/.installed-test ## kill and damage runs some 400 times, over strategies and engines; about an hour
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m slow tests/durable/test_long_drill.py
+
+bench: $(VENV)/.installed-test ## training throughput beside a bare loop and TRL; half an hour on a quiet machine
+	$(BIN)/python tests/bench/throughput.py
+
+slurm-up: ## a real SLURM of two nodes on this machine; prints `export SLURM_CONF=…`
+	@slurm/cluster.sh up
+
+slurm-down:
+	@slurm/cluster.sh down
+
+slurm-drill: $(VENV)/.installed-test ## jobs that are pre-empted, cancelled, cut off; minutes each
+	$(BIN)/python -m pytest -m slow tests/slurm
 
 forgetting: $(VENV)/.installed-test ## what keeps a skill while another is learnt: the table of docs/forgetting.md
 	$(BIN)/python tests/bench/forgetting.py

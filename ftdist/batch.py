@@ -3,6 +3,7 @@
 `python -m ftdist.batch run RUN`       train the frozen run, or go on with it
 `python -m ftdist.batch prepare RUN`   prepare its data and freeze it, as a job of its own
 `python -m ftdist.batch finish RUN`    evaluate what was trained (in a task, where the devices are)
+`python -m ftdist.batch member SWEEP N`, `worker SWEEP N`   a member of a sweep's array N; a worker of a search
 `python -m ftdist.batch words …`       overrides as for `ftdist train`: all of it inside the job (slurm/train.sbatch)
 
 A signal of the scheduler becomes RUN/stop.json: the ranks agree, save and end; then the job goes back into the queue.
@@ -50,6 +51,10 @@ def main(argv: list[str]) -> int:
             if status == OK:
                 print(f"run: {run_dir}", flush=True)
             return status
+        if verb in ("member", "worker"):
+            from ftdist.sweep import array
+
+            return {"member": array.member, "worker": array.worker}[verb](Path(words[0]), words[1])
         run_dir = Path(words[0])
         return {"run": run, "prepare": prepare, "finish": finish}[verb](run_dir)
     except UserError as failure:
@@ -184,19 +189,16 @@ class Job:
     def start(self) -> None:
         """The ranks, once: checked nodes, then training. Failed or UserError carry the first failing rank's words."""
         rundir.forget_last_start(self.run_dir)
-        port = self.preflight()
-        head = slurm.address(self.nodes[0])
-        ranks = (self.run_dir, head, port, self.cluster["processes"])
+        head, port = self.preflight()
+        ranks = (self.run_dir, slurm.address(head), port, self.cluster["processes"])
         if self.cluster["network_check"]:
             os.environ["FTDIST_NETWORK_CHECK"] = str(self.cluster["network_check"])
-            self.judged(self.follow(self.task("ftdist.node", *ranks, "ftdist.preflight")))
-            print("network check: passed", flush=True)
-        self.judged(self.follow(self.task("ftdist.node", *ranks, "ftdist.worker"), trains=True))
-
-    def judged(self, status: int) -> None:
-        """The exit status of the tasks, and what the ranks left, as an exception unless all is well."""
-        if status != OK or launcher.outcome_of(self.run_dir):
+            status = self.follow(self.task("ftdist.node", *ranks, "ftdist.preflight"))
             launcher.judge(self.run_dir, status)
+            print("network check: passed", flush=True)
+        status = self.follow(self.task("ftdist.node", *ranks, "ftdist.worker"), trains=True)
+        # A node is content with ranks that stop as asked; whether anything is finished is in outcome.json.
+        launcher.judge(self.run_dir, status or FAILED)
 
     def evaluate(self) -> None:
         """What follows training, in a task on the first node."""
@@ -204,8 +206,8 @@ class Job:
         if status != OK:
             raise Failed(f"the evaluation ended with status {status}; its words are above", status)
 
-    def preflight(self) -> int:
-        """Every node can do what training needs, or Failed names it. A port that is free on the first one."""
+    def preflight(self) -> tuple[str, int]:
+        """Every node can do what training needs, or Failed names it. The first node, and a port that is free there."""
         from ftdist import preflight
 
         folder, word = self.run_dir / preflight.WORD, secrets.token_hex(8)
@@ -233,14 +235,16 @@ class Job:
             preflight.judge(found, self.nodes, self.run_dir, word, wants, self.cluster["local_disk"])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return int(min(found, key=lambda one: one["id"])["port"])
+        first = min(found, key=lambda one: one["id"])
+        return first["node"], int(first["port"])
 
     def task(self, module: str, *words: Any, nodes: int | None = None) -> list[str]:
         """srun, one task a node."""
         count = str(nodes or len(self.nodes))
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun no longer takes it from there by itself
         return ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--nodes={count}", f"--ntasks={count}",
-                "--ntasks-per-node=1", "--export=ALL", "--cpu-bind=none", "--mpi=none", "--input=none",
+                "--ntasks-per-node=1", "--export=ALL", "--mpi=none", "--input=none",
+                *(("--cpu-bind=none",) if slurm.binds() else ()),
                 *((f"--cpus-per-task={cpus}",) if cpus else ()), *self.more, *self.before,
                 "-m", module, *map(str, words)]  # fmt: skip
 
@@ -261,25 +265,23 @@ class Job:
         if read:
             reader.start()
         began = time.monotonic()
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = child.wait(0.2)
-                break
-            if asked := self.asked():
-                if trains and (self.run_dir / stops.RUNNING).exists():
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(0.2)
+                if asked := self.asked():
+                    if not trains or not (self.run_dir / stops.RUNNING).exists():
+                        raise Failed(f"stopped ({asked}) outside training", STOPPED)
                     if not (self.run_dir / stops.REQUEST).exists():
                         stops.request(self.run_dir, asked)
                         print(f"{asked}: saving, then stopping", flush=True)
-                else:
-                    _end(child)
-                    raise Failed(f"stopped ({asked}) outside training", STOPPED)
-            if limit is not None and time.monotonic() - began > limit:
+                if limit is not None and time.monotonic() - began > limit:
+                    return FAILED
+        finally:
+            if child.poll() is None:
                 _end(child)
-                status = FAILED
-                break
-        if read:
-            reader.join(5)
-        return status
+            if read:
+                reader.join(5)
 
     def asked(self) -> str | None:
         """Why to stop: what a signal of the scheduler means, or what is in stop.json."""
@@ -294,6 +296,7 @@ class Job:
         """
         if failure is None or failure.status in (USAGE, FENCED):
             return failure, None
+        self.asked()  # a signal may have come since the ranks ended
         reason, user = self.reason, stops.requested(self.run_dir)
         if failure.status == STOPPED and reason is None:  # the ranks were signalled, this process was not
             said = launcher.outcome_of(self.run_dir).get("reason")
@@ -323,6 +326,8 @@ class Job:
             answered = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=slurm.PATIENCE).stdout
         except subprocess.TimeoutExpired as late:
             answered = (late.stdout or b"").decode() if isinstance(late.stdout, bytes) else (late.stdout or "")
+        if not answered.split():
+            return None  # the question itself fails
         return next((node for node in self.nodes if node not in answered.split()), None)
 
     def ended(self, failure: Failed | None) -> None:
@@ -352,7 +357,7 @@ def meaning(number: str, name: str, lead: int) -> str:
 
 def from_words(words: list[str]) -> Path:
     """The run directory of `slurm/train.sbatch`: made by its first start, found by the later ones."""
-    from ftdist import compose, forecast, job, resume
+    from ftdist import compose, forecast, job, resume, stages
 
     number = os.environ["SLURM_JOB_ID"]
     given = {word.partition("=")[0].lstrip("+") for word in words}
@@ -361,11 +366,18 @@ def from_words(words: list[str]) -> Path:
     told += [f"cluster.gpus={gpus}"]
     if gpus and (facts := launcher.gpu_facts()):
         told += [f"cluster.gpu_type='{facts[0]}'"]
-    for key in ("cluster.nodes", "cluster.gpus"):
-        if key in given:
-            raise UserError(f"{key}: the options of sbatch say it; leave it out")
+    told_by_sbatch = {"name", "nodes"}
+    for function in (slurm.options, slurm.setup, slurm.submission):
+        told_by_sbatch.update(schema.keys_of(function))
+    for key in sorted(given):
+        group, _, name = key.partition(".")
+        if group == "cluster" and (not name or name in told_by_sbatch):
+            raise UserError(
+                f"{key}: read by ftdist train when it submits; give it to sbatch, or write it into the script"
+            )
     (config,) = compose.compose("train", ["cluster=slurm", *words, *told])
     job.check(config)
+    stages.refuse(config)
     if config["run_dir"] is None:
         config["run_dir"] = f"runs/job-{number}-{Path(config['model']['path']).name}-{config['strategy']['name']}"
     run_dir = Path(config["run_dir"]).expanduser().absolute()

@@ -396,6 +396,24 @@ def _slurm() -> Iterator[Finding]:
     yield partitions(_answer("sinfo", "--noheader", "--format=%P %a %D %T") or "")
 
 
+def cluster(words: list[str]) -> Finding:
+    """Whether a configuration of `cluster` could be submitted (overrides, as for `ftdist train`)."""
+    from ftdist import compose, job, slurm, submit
+
+    try:
+        (config,) = compose.compose("doctor", words)
+        job.decide(config)
+        job.per_node(config["cluster"], here=True)
+        if config["cluster"]["name"] != "slurm":
+            return Finding("cluster", OK, f"cluster={config['cluster']['name']} can be had here")
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder, slurm.SCRIPT)
+            script.write_text(submit.text(Path(config["run_dir"]), config["cluster"]), encoding="utf-8")
+            return Finding("cluster", OK, " ".join(slurm.test_only(script).split()))
+    except UserError as failure:
+        return Finding("cluster", WRONG, str(failure), "change these keys, or what they ask for")
+
+
 def partitions(text: str) -> Finding:
     """What `sinfo` tells: a line each partition and state of nodes, `name availability nodes state`."""
     usable: dict[str, int] = {}

@@ -17,7 +17,8 @@ from ftdist import schema, trainkeys
 from ftdist.errors import UserError
 
 # Mappings that take keys which their YAML does not show; the names under `train` are known.
-OPEN = r"(?:train\.(\w+)(?:\.\w+)*|engine\.zero\.\w+|data\.(?:columns|template_keywords)(?:\.\w+)?)="
+OPEN = (r"(?:train\.(\w+)(?:\.\w+)*|engine\.zero\.\w+|cluster\.(?:sbatch|environment)\.\w+|"
+        r"data\.(?:columns|template_keywords)(?:\.\w+)?)=")  # fmt: skip
 HYDRAS = r"hydra\.(sweeper\.\w+|searchpath)="  # keys of Hydra itself that do something here
 
 
@@ -37,7 +38,10 @@ def compose(verb: str, argv: list[str]) -> list[dict[str, Any]]:
 
     With `-m` the runs are named inside `sweep_dir`. UserError says in one line what the user got wrong.
     """
-    return several(verb, argv).configs
+    made = several(verb, argv)
+    if verb == "train" and made.sweep.get("name") == "search":
+        raise UserError("sweep=search: one run is wanted here; `ftdist train` searches")
+    return made.configs
 
 
 def several(verb: str, argv: list[str]) -> Composed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import checkpoint, launcher, lease, rundir, slurm, stops
-from ftdist.errors import FAILED, OK, STOPPED, UserError
+from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, Failed, UserError
+from ftdist.tracking import duration
 
 JOB = "job.json"  # the run's job: {"job", "prepare"}
 STOP = "ftdist stop"  # the reason of such a stop
 FOLDERS = ("runs/*", "sweeps/*/*")
-RESTARTED = ("requeue", "job")  # events after which a waiting job is one that waits again
 POLL = 0.5  # seconds between looks at files
 ASK = 10.0  # at most so many between questions to SLURM
 
@@ -40,7 +41,8 @@ def jobs_of(runs: Sequence[Path]) -> dict[Path, dict[str, slurm.Job]]:
     for run_dir in runs:
         known = rundir.read_json(run_dir / JOB)
         numbers[run_dir] = [str(known[key]) for key in ("job", "prepare") if known.get(key)]
-    jobs = slurm.jobs(sorted({number for own in numbers.values() for number in own}))
+    here = shutil.which("squeue") is not None  # the files tell a part of it everywhere
+    jobs = slurm.jobs(sorted({number for own in numbers.values() for number in own})) if here else {}
     return {run_dir: {number: jobs[number] for number in own if number in jobs} for run_dir, own in numbers.items()}
 
 
@@ -73,7 +75,7 @@ def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> t
     if prepare is not None and prepare.active:
         return "preparing", f"job {prepare.id}, {prepare.state.lower()}"
     if job is not None and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"):
-        if event.get("event") in ("requeue", "failed", "stopped") or outcome or event.get("job") == job.id:
+        if event.get("time", 0) > known.get("submitted", 0):
             why = event.get("reason") or outcome.get("reason") or "by SLURM"
             word = "pre-empted" if why == "pre-empted" else "requeued"
             return word, f"{why}; waits again" + (f" ({job.reason})" if job.reason else "")
@@ -93,8 +95,8 @@ def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> t
         return "done", ""
     if outcome.get("outcome") in ("stopped", "failed"):
         return str(outcome["outcome"]), str(outcome["reason"])
-    if event.get("event") == "failed":
-        return "failed", event["reason"]
+    if event.get("event") in ("failed", "stopped"):
+        return event["event"], event["reason"]
     bad = next((one for one in (prepare, job) if one is not None and one.state != "COMPLETED"), None)
     if bad is not None:
         return ("cancelled" if bad.state == "CANCELLED" else "failed"), f"{bad.state} {bad.reason}".strip()
@@ -145,19 +147,12 @@ def table(states: Sequence[dict[str, Any]]) -> str:
         with contextlib.suppress(ValueError):
             path = path.relative_to(Path.cwd())
         step = "" if one["step"] is None else f"step {one['step']}" + (f"/{one['steps']}" if one["steps"] else "")
-        left = "" if one["seconds_left"] is None else f"{clock(one['seconds_left'])} left"
+        left = "" if one["seconds_left"] is None else f"{duration(one['seconds_left'])} left"
         job = f"job {one['job']}" if one["job"] else ""
         rows.append((str(path), one["state"], step, left, job, one["detail"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     keep = [i for i, width in enumerate(widths) if width]
     return "\n".join("  ".join(row[i].ljust(widths[i]) for i in keep).rstrip() for row in rows)
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def stop(run_dir: Path) -> str:
@@ -179,7 +174,17 @@ def stop(run_dir: Path) -> str:
 
 
 def logs(run_dir: Path, follow: bool, rank: int | None = None) -> int:
-    """Print what a run has said; with `follow` what it says until it ends, and its exit status then."""
+    """Print what a run has said; with `follow` what it says until it ends, and its exit status then.
+
+    Ctrl-C ends the following, not the run.
+    """
+    try:
+        return _logs(run_dir, follow, rank)
+    except KeyboardInterrupt:
+        raise Failed(f"no longer followed; the run goes on (ftdist stop {run_dir} ends it)", INTERRUPTED)
+
+
+def _logs(run_dir: Path, follow: bool, rank: int | None) -> int:
     watched: dict[Path, int] = {}
     asked, pause, known = 0.0, 1.0, None
     while True:

@@ -41,6 +41,7 @@ from ftdist.export import export
 from ftdist.plan import Plan
 from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
+from ftdist.spectrum import reader
 from ftdist.strategies import Base, Recipe, find, preparation
 
 GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "stopping",
@@ -71,6 +72,7 @@ def _top(
     resume: Literal["never", "auto"],
     train_until: str | None,
     must_fit: bool,
+    then: list[str] | None,
     seed: Annotated[int, Field(ge=0, lt=2**32)],
 ) -> None:
     """The keys outside every group."""
@@ -84,11 +86,13 @@ def check(config: dict[str, Any]) -> None:
     """Every key of every group against what reads it; UserError names the first that nothing would read."""
     schema.check("", {k: v for k, v in config.items() if k not in GROUPS}, _top)
     trainkeys.check({k: v for k, v in config["train"].items() if not (k in AUTOMATIC and v is None)})
-    schema.check("model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype"))
+    schema.check(
+        "model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype", "overrides")
+    )
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
     schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
     if config["task"]["name"] == "dpo":
-        align.check(config["task"], config["train"])
+        align.check(config["task"], config["train"], config["model"])
         if config["data"]["replay"] is not None:
             raise UserError(f"data.replay={config['data']['replay']}: task=dpo learns from pairs, replayed rows are "
                             "none; leave it out, or replay in the task=sft run before it")  # fmt: skip
@@ -121,7 +125,7 @@ def check(config: dict[str, Any]) -> None:
 
 def check_cluster(cluster: dict[str, Any]) -> None:
     """Every key of `cluster`; those of SLURM only where it is chosen."""
-    queue = (slurm.options, slurm.setup, slurm.in_task, slurm.in_job, slurm.submission)
+    queue = (slurm.options, slurm.setup, slurm.in_task, slurm.in_job, slurm.submission, slurm.array)
     more = queue if cluster.get("name") == "slurm" else ()
     schema.check("cluster", cluster, launcher.processes, *more, context=("here",))
 
@@ -136,7 +140,16 @@ DATA_CONTEXT = ("tokenizer_path", "revision", "trust_remote_code", "max_length",
                 "cache_dir")  # fmt: skip
 
 
-def model_keys(*, path: str, architecture: dict[str, Any] | None, adapter: Literal["merge", "continue"]) -> None:
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+def model_keys(
+    *,
+    path: str,
+    architecture: dict[str, Any] | None,
+    adapter: Literal["merge", "continue"],
+    dropout: Dropout | dict[str, Dropout] | None,
+) -> None:
     """The keys of `model` that the plan reads; adapter: what becomes of the one that a run in `path` left."""
 
 
@@ -146,12 +159,13 @@ def plan(
     examples: int | None = None,
     measured: bool = False,
     shapes: Shapes | None = None,
+    held_out_tokens: int = 0,
 ) -> Plan:
     """What would run, with the arithmetic. Loads no torch, no weights, no data; `config` was completed by `decide`.
 
     rows: of the prepared training split, packed ones where packing is on; examples: before packing;
     measured: the strategy has prepared what it needs; shapes: of the model, if they are known already (then nothing is
-    asked that was asked before).
+    asked that was asked before); held_out_tokens: what an evaluation while training reads.
     """
     from ftdist.plan import examples as look
     from ftdist.plan.advice import advice
@@ -287,6 +301,12 @@ def plan(
         made["total_steps"] = batch.total_steps
         made["steps_are_a_guess"] = guess is not None and train["max_steps"] <= 0
     made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps)
+    if config["model"]["dropout"]:
+        made["notes"].append("model.dropout: what its masks take is not counted")
+    if batch.total_steps is not None and held_out_tokens:
+        made["evaluations"] = forecast.evaluations(train, batch.total_steps, batch.steps_per_epoch)
+        # a forward pass, of the three that training a token costs
+        made["evaluation_seconds"] = made["evaluations"] * held_out_tokens / made["tokens_per_second"] / 3
     if asked and config["strategy"].get("top_percent") and recipe.trainable is not None and made["fits"] is not None:
         made["largest_top_percent"] = forecast.largest_percent(config, _planner(shapes, rows, measured), {})
     if asked and made["fits"] is False:
@@ -329,6 +349,8 @@ def decide(config: dict[str, Any]) -> None:
     if train["bf16"] is None:
         has_bf16 = devices.capability >= BF16_CAPABILITY if devices.capability else _cpu_has_bf16()
         train["bf16"] = not train.get("fp16") and has_bf16
+    if config["model"]["dropout"] is not None:
+        models.dropouts(shapes_of(config["model"]).config, config["model"]["dropout"])
     if train["gradient_checkpointing"] is None:
         train["gradient_checkpointing"] = devices.gpu and shapes_of(config["model"]).total > RECOMPUTE_ABOVE
     if config["run_dir"] is None:
@@ -454,7 +476,13 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         print("no row is held out: no held-out loss", flush=True)
     retention = evaluation.retention_data(config)
     evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
-    made = plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
+    made = plan(
+        config,
+        rows=report["train_rows"],
+        examples=report["train"],
+        measured=True,
+        held_out_tokens=report["validation_tokens"] + evaluation.tokens_while_training(config, retention),
+    )
     print(
         f"data: {report['train']:,} rows to train on{_general(report)}, {report['validation']:,} held out; "
         f"{made['arithmetic'][-1]}",
@@ -466,7 +494,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     if "reference" in made:
         # the base's files and its adapter are what training starts from, and with it the reference, unless it is other
         adapter = start.adapter(run_dir)
-        begins = [weights["files"], bases.fingerprint(str(adapter))["files"] if adapter else None, other]
+        begins = [weights["files"], reader.digest(adapter / start.WEIGHTS) if adapter else None, other]
         quantization = recipe_of(config, shapes_of(model), measured=True).quantization
         computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
         made["reference_key"] = align.key(begins, prepared.name, computed)

@@ -14,6 +14,7 @@ from ftdist.errors import UserError
 from ftdist.schema import nearest
 
 PLATEAUS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow a metric
+ROUNDING = 1e-9  # a set that has lost just what is allowed is kept
 TRAINING = ("loss", "loss_target", "loss_general", "grad_norm", "learning_rate", "tokens_per_second")
 LOWER, HIGHER = (
     r"(loss|perplexity|grad_norm|_change)$",
@@ -191,7 +192,7 @@ class Judge:
         changes = {name: self.change(name, metrics[name]) for name in self.memory.base}
         worst = max(changes, key=lambda name: math.inf if (c := changes[name]) is None or math.isnan(c) else c)
         change = changes[worst]
-        if change is not None and change <= self.max_forgetting:
+        if change is not None and change <= self.max_forgetting + ROUNDING:
             return None
         name = worst.removeprefix("eval_").removesuffix("_loss")
         return f"{name} has lost {'?' if change is None else f'{change:+.2%}'} (stopping.max_forgetting)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,14 +53,16 @@ def load(
     trust_remote_code: bool,
     quantization: Mapping[str, Any] | None,
     loaded_dtype: str,
+    overrides: Mapping[str, float] | None = None,
 ) -> PreTrainedModel:
-    """The causal language model; `dtype: auto` loads weights in `loaded_dtype`.
+    """The causal language model; `dtype: auto` loads weights in `loaded_dtype`. overrides: of attributes of its
+    configuration.
 
     Under ZeRO-3 the training arguments must exist before this call: they make `from_pretrained` shard.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = dict(overrides or {})
     if quantization:
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -85,6 +88,38 @@ def load(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (typed as a tensor or module)
     return model
+
+
+def dropouts(config: Mapping[str, Any], wanted: float | Mapping[str, float] | None) -> dict[str, float]:
+    """Attributes of a model's configuration (config.json's content) that are dropouts, and what they are to be.
+
+    wanted: one number for all of them, or a number for each one named. UserError where the architecture has none.
+    """
+    if wanted is None:
+        return {}
+    from transformers import AutoConfig
+
+    values, kind = dict(config), f"model type {config.get('model_type')}"
+    with contextlib.suppress(ValueError):  # a class of the model's own: what its file says is all that is known
+        values = AutoConfig.for_model(values.pop("model_type"), **values).to_dict()
+    known = [
+        name
+        for name, value in values.items()
+        if re.search(r"dropout|pdrop", name)
+        and not re.search("summary|classifier", name)  # of heads that a language model does not have
+        and isinstance(value, (int, float))
+    ]
+    if not known:
+        raise UserError(
+            f"model.dropout={wanted}: {kind} has no dropout of its own; "
+            "use strategy.dropout (adapters) or train.weight_decay"
+        )
+    if isinstance(wanted, Mapping):
+        for name in wanted:
+            if name not in known:
+                raise UserError(f"model.dropout.{name}: no dropout of {kind}; {nearest(name, known)}")
+        return dict(wanted)
+    return dict.fromkeys(known, wanted)
 
 
 def tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -139,7 +174,7 @@ def _fill(model: Any, adapter: Path) -> None:
     import peft
     from safetensors.torch import load_file
 
-    state = load_file(adapter / "adapter_model.safetensors")
+    state = load_file(adapter / start.WEIGHTS)
     own = peft.get_peft_model_state_dict(model)
     odd = sorted(set(own) ^ set(state))
     if odd:

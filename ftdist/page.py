@@ -35,11 +35,15 @@ def _result(run_dir: Path) -> str:
         return "Not finished."
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open(encoding="utf-8")]
     steps = [row for row in rows if "loss" in row]
-    held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    outcome = _read(run_dir / "outcome.json") if (run_dir / "outcome.json").is_file() else {}
+    last = outcome.get("final_step")
+    held_out = [row["eval_loss"] for row in rows if "eval_loss" in row and (last is None or row["step"] <= last)]
     facts = []
     if steps:  # none where less was done than train.logging_steps
         facts.append(f"{steps[-1]['step']:,} steps over {steps[-1]['tokens']:,} tokens")
         facts.append(f"loss {_number(steps[0]['loss'])} → {_number(steps[-1]['loss'])}")
+    if steps and last is not None and last != outcome["step"]:
+        facts.append(f"final/ holds step {last:,}")
     if held_out:
         facts.append(f"held-out loss {_number(held_out[-1])}")
     lines = [f"Finished: {', '.join(facts)}." if facts else "Finished."]

@@ -92,7 +92,7 @@ def options(
         "signal": f"B:USR1@{signal_seconds}",
         "requeue": True,
         "open-mode": "append",  # a start after a requeue goes on in the same log
-        **{key.lstrip("-"): value for key, value in sbatch.items()},
+        **{key.replace("_", "-"): value for key, value in sbatch.items()},
     }
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
 
@@ -156,10 +156,16 @@ def submission(
     prepare_cpus: Annotated[int, Field(ge=1)],
     prepare_memory: str | None,
     prepare_time: str | None,
+    check: bool,
     wait: bool,
     test_only: bool,
 ) -> None:
     """The keys of `cluster` that ftdist.submit reads."""
+
+
+def array(count: int, *, array_throttle: Annotated[int, Field(ge=1)] | None) -> str:
+    """sbatch's --array for so many members, at most `array_throttle` of them at once."""
+    return f"0-{count - 1}" + (f"%{array_throttle}" if array_throttle else "")
 
 
 def memory_bytes(text: str | None) -> int | None:
@@ -286,14 +292,27 @@ def jobs(ids: Sequence[str]) -> dict[str, Job]:
 
 
 def show(job: str) -> dict[str, str]:
-    """`scontrol show job`: its fields; nothing for a job that is unknown."""
-    done = command("scontrol", "show", "job", "--oneliner", job)
+    """`scontrol show job`: its fields; nothing for a job that is unknown, or when SLURM does not answer."""
+    try:
+        done = command("scontrol", "show", "job", "--oneliner", job)
+    except UserError:
+        return {}
     return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", done.stdout)) if done.returncode == 0 else {}
 
 
 def left(job: str) -> int | None:
-    """Seconds until the job's time limit; None without one."""
-    return seconds(command("squeue", "--noheader", "--jobs", job, "--format=%L").stdout)
+    """Seconds until the job's time limit; None without one, or when SLURM does not answer."""
+    try:
+        return seconds(command("squeue", "--noheader", "--jobs", job, "--format=%L").stdout)
+    except UserError:
+        return None
+
+
+@functools.cache
+def binds() -> bool:
+    """Whether this SLURM pins tasks to cores, and so can be told not to."""
+    found = re.search(r"^TaskPlugin\s*=\s*(\S+)", command("scontrol", "show", "config").stdout, re.M)
+    return found is not None and bool(re.search("affinity|cgroup", found[1]))
 
 
 def node_state(node: str) -> str:
@@ -311,7 +330,10 @@ def cancel(ids: Sequence[str]) -> None:
 
 def requeue(job: str) -> str:
     """Back into the queue, under the same number; ends the calling job. What was wrong, if it was refused."""
-    done = command("scontrol", "requeue", job)
+    try:
+        done = command("scontrol", "requeue", job)
+    except UserError as failure:
+        return str(failure)
     return "" if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
     refuse_active(run_dir)
     cluster = config["cluster"]
     if cluster["test_only"]:
-        return _test(config, run_dir)
+        print(would_start(config, run_dir), flush=True)
+        return OK
+    if cluster["check"]:
+        would_start(config, run_dir)
     if config["resume"] == "auto" and resume.begun(run_dir, config):
         return again(run_dir, config)
     with rundir.claimed(run_dir) as token:
@@ -82,13 +86,16 @@ def queue(run_dir: Path, cluster: dict[str, Any], prepare: bool) -> str:
     return number
 
 
-def text(run_dir: Path, cluster: dict[str, Any], verb: str = "run") -> str:
-    """The batch script that trains a run, or does something else with it (`verb` of ftdist.batch)."""
+def text(run_dir: Path, cluster: dict[str, Any], verb: str = "run", *words: str, **more: str) -> str:
+    """The batch script that trains a run, or does something else with it (`verb` of ftdist.batch, with `words`).
+
+    more: options of sbatch.
+    """
     output = f"{slurm.pattern(run_dir / 'logs')}/job-%j.log"
-    keys = {**schema.pick(slurm.options, cluster), "sbatch": {"output": output, **cluster["sbatch"]}}
+    keys = {**schema.pick(slurm.options, cluster), "sbatch": {"output": output, **more, **cluster["sbatch"]}}
     chosen = slurm.options(run_dir.name, cluster["nodes"], **keys)
     lines = slurm.setup(**schema.pick(slurm.setup, cluster))
-    return slurm.script(chosen, lines, slurm.batch_command(verb, str(run_dir)))
+    return slurm.script(chosen, lines, slurm.batch_command(verb, str(run_dir), *words))
 
 
 def preparation(run_dir: Path, cluster: dict[str, Any]) -> str:
@@ -99,15 +106,12 @@ def preparation(run_dir: Path, cluster: dict[str, Any]) -> str:
     return text(run_dir, {**cluster, **own, **plain}, "prepare")
 
 
-def _test(config: dict[str, Any], run_dir: Path) -> int:
-    """Whether and when SLURM could start the job; nothing is left."""
-    import tempfile
-
+def would_start(config: dict[str, Any], run_dir: Path) -> str:
+    """When SLURM would start the job, in its own words. UserError if it never would."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, slurm.SCRIPT)
         script.write_text(text(run_dir, config["cluster"]), encoding="utf-8")
-        print(slurm.test_only(script))
-    return OK
+        return slurm.test_only(script)
 
 
 def followed(run_dir: Path, cluster: dict[str, Any]) -> int:

@@ -196,7 +196,7 @@ class TokenTrainer(Trainer):
         counted = trainable_elements(self.model)  # the engine exists: ZeRO has fixed what it trains
         if counted != self.trainable:
             raise RuntimeError(f"{counted:,} parameters would be trained, the plan has {self.trainable:,}")
-        training = model.training
+        training = self.model.training  # type: ignore[union-attr]  # DeepSpeed's wrapper does not follow its own eval()
         model.eval()
         ids = inputs["input_ids"].flatten()[: 2 * PROBE]
         half = len(ids) // 2

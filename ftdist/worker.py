@@ -29,13 +29,13 @@ def train(run_dir: Path) -> int:
     plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
     main = int(os.environ.get("RANK", "0")) == 0
 
-    import datasets
     import torch
     from transformers import set_seed
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ftdist import evaluate, ewc, forgetting, keeper, models, parity, tracking
+    from ftdist.data.rows import rows_of
     from ftdist.evaluate.during import Examiner
     from ftdist.evaluate.generate import positions_of
     from ftdist.health import Health
@@ -54,7 +54,8 @@ def train(run_dir: Path) -> int:
     watch = Watch(run_dir / "logs", ranks.rank, ranks.world, config["health"]["stall_minutes"], partial(fail, run_dir))
     token = keeper.token_of(run_dir, ranks)
     checkpoint = keeper.choose(run_dir, ranks, token, plan["id"])
-    shapes = model_shapes(path, None, revision=revision, trust_remote_code=remote).architecture.parameters
+    known = model_shapes(path, None, revision=revision, trust_remote_code=remote)
+    shapes = known.architecture.parameters
     strategy = find(config["strategy"]["name"])
     base = Base(shapes, plan["precision"], plan["storage"], measured=True)
     recipe = strategy(base, **schema.pick(strategy, config["strategy"]))
@@ -62,8 +63,9 @@ def train(run_dir: Path) -> int:
     meter = Meter(int(os.environ.get("RANK", "0")))
     tokenizer = models.tokenizer(path, revision, remote)
     wanted = schema.pick(models.load, config["model"])
+    dropouts = models.dropouts(known.config, config["model"]["dropout"])
     set_seed(config["seed"])  # adapters start from random numbers; the trainer seeds only itself
-    model = models.load(**wanted, quantization=recipe.quantization, loaded_dtype=plan["loaded"])
+    model = models.load(**wanted, quantization=recipe.quantization, loaded_dtype=plan["loaded"], overrides=dropouts)
     model = models.apply(model, recipe, trained_dtype=plan["trained"], adapter=start.adapter(run_dir))
     if plan["adapters"] and arguments.gradient_checkpointing:
         model.enable_input_require_grads()  # a recomputed block needs an input with a gradient
@@ -94,13 +96,11 @@ def train(run_dir: Path) -> int:
     kind: Any = TokenTrainer
     pad_id = tokenizer.pad_token_id or 0
     collate_rows: Any = partial(collate, general=general)
-    rows = [datasets.load_from_disk(str(data / split)) for split in ("train", "validation")]
     named: dict[str, Any] = {}
     if config["task"]["name"] == "dpo":
         from ftdist.align import setup
 
-        kind, collate_rows, rows = setup.PreferenceTrainer, setup.collate_pairs, [setup.PairRows(part) for part in rows]
-        named = setup.keys(run_dir, config, plan, token, recipe)
+        kind, collate_rows, named = setup.dpo(run_dir, config, plan, token, recipe)
     with models.partly_quantized(model):
         trainer = kind(
             model=model,
@@ -108,8 +108,8 @@ def train(run_dir: Path) -> int:
             packing=config["train"]["packing"],
             loss_type=config["train"]["loss_type"],
             trainable=plan["trainable_parameters"],
-            train_dataset=rows[0],
-            eval_dataset=rows[1],
+            train_dataset=rows_of(data / "train"),
+            eval_dataset=rows_of(data / "validation"),
             data_collator=partial(collate_rows, pad_id=pad_id),
             replay=bool(general),
             callbacks=list(recipe.callbacks),
@@ -123,7 +123,7 @@ def train(run_dir: Path) -> int:
     trainer.text_collator = partial(collate, pad_id=pad_id)
     if evaluate.retention_while_training(config["eval"], config["stopping"]):
         trainer.retention = {
-            f"eval_{evaluate.of_set(name)}_loss": datasets.load_from_disk(str(Path(folder) / "validation"))
+            f"eval_{evaluate.of_set(name)}_loss": rows_of(Path(folder) / "validation")
             for name, folder in plan["retention"].items()
         }
     if config["eval"]["during"]:
@@ -135,7 +135,7 @@ def train(run_dir: Path) -> int:
             print(plan["forgetting"], flush=True)
         trainer.consolidation = ewc.Consolidation(
             run_dir,
-            lambda: datasets.load_from_disk(str(Path(plan["fisher_data"]) / "train")),
+            lambda: rows_of(Path(plan["fisher_data"]) / "train"),
             partial(meter.during, "fisher"),
             forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft),
             **schema.pick(ewc.Consolidation.__init__, config["forgetting"]),

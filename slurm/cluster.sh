@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # A real SLURM with several nodes on this one machine, for trying things and for the tests. Not for production.
 #   cluster.sh up             start it (installs SLURM with apt as root); prints `export SLURM_CONF=…` for eval
+#   cluster.sh install        only the packages
 #   cluster.sh down           stop it and everything that runs in it
 #   cluster.sh kill NODE      power cut: the daemon, its job steps and all their processes
 #   cluster.sh lose NODE      the daemon alone dies; what runs on the node runs on
 #   cluster.sh start NODE     boot a node again
 #   cluster.sh freeze|thaw NODE, cut|heal NODE     a hung node; a network cable pulled out (SEPARATE=net)
+#   cluster.sh hide NODE DIR  the node sees an empty directory there, as one that has not mounted the storage
 #   cluster.sh pids NODE      processes of a node
 # Settings, by environment:
 #   CLUSTER   directory of everything that belongs to it (/tmp/ftdist-slurm-UID; short: sockets lie in it)
@@ -115,14 +117,16 @@ CONF
 }
 
 # Daemons hold no descriptor of ours, or a caller that reads our output waits for them.
-quietly() { "$@" </dev/null >>"$CLUSTER/log/start.log" 2>&1 3>&- 9>&-; }
+quietly() {
+  "$@" </dev/null >>"$CLUSTER/log/start.log" 2>&1 3>&- 9>&- || die "$1 failed: $(tail -n 1 "$CLUSTER/log/start.log")"
+}
 
 start_node() {
   local run="exec slurmd -N $1 -f $SLURM_CONF"
   mkdir -p "$CLUSTER/spool.$1"
   case $(setting SEPARATE) in
-    net) quietly ip netns exec "ftd${1##*[!0-9]}" unshare --uts sh -c "hostname $1; $run" ;;
-    names) quietly unshare --uts sh -c "hostname $1; $run" ;;
+    net) quietly ip netns exec "ftd${1##*[!0-9]}" unshare --uts --mount sh -c "hostname $1; $run" ;;
+    names) quietly unshare --uts --mount sh -c "hostname $1; $run" ;;
     *) quietly sh -c "$run" ;;
   esac
 }
@@ -218,9 +222,10 @@ down() {
 
 action=${1:-} node=${2:-}
 case $action in
+  install) install_slurm ;;
   up) up ;;
   down) [ ! -f "$CLUSTER/settings" ] || down ;;
-  kill | lose | start | freeze | thaw | cut | heal | pids)
+  kill | lose | start | freeze | thaw | cut | heal | hide | pids)
     [ -f "$CLUSTER/settings" ] || die "no cluster in $CLUSTER"
     [[ $node =~ ^[a-z]+[0-9]+$ ]] || die "$action: which node? node1 …"
     case $action in
@@ -231,7 +236,8 @@ case $action in
       thaw) signal_node CONT "$node" ;;
       cut) ip link set "ftdv${node##*[!0-9]}" down ;;
       heal) ip link set "ftdv${node##*[!0-9]}" up ;;
+      hide) nsenter --mount="/proc/$(daemon_of "$node")/ns/mnt" mount -t tmpfs none "$3" ;;
       pids) pids_of "$node" ;;
     esac ;;
-  *) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -34,6 +34,7 @@ def preload():
 def freeze(words):
     from ftdist import compose, job, lease, rundir
 
+    sys.argv = ["ftdist", "train", *words]  # which env.json tells
     (config,) = compose.compose("train", words)
     job.decide(config)
     run_dir = Path(config["run_dir"])

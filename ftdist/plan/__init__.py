@@ -50,6 +50,8 @@ class Plan(_Always, total=False):
     mfu: float
     time_calibrated: bool
     total_seconds: float
+    evaluations: int
+    evaluation_seconds: float  # of all of them
     checkpoints: int  # that will be written, if nothing stops the run
     cost: float
     fits: bool | None  # None: no memory is known to compare with

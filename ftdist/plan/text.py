@@ -74,7 +74,9 @@ def _forecast(plan: Plan) -> list[tuple[str, list[str]]]:
         about = "about " if plan.get("steps_are_a_guess") else ""
         saves = f", checkpoints: {plan['checkpoints']:,}" if plan.get("checkpoints") else ""
         time.append(f"{about}{plan['total_steps']:,} steps: {seconds(plan['total_seconds'])}{saves}")
-        end = datetime.now() + timedelta(seconds=plan["total_seconds"])
+        if plan.get("evaluations"):
+            time.append(f"{plan['evaluations']:,} evaluations: {seconds(plan['evaluation_seconds'])} on top")
+        end = datetime.now() + timedelta(seconds=plan["total_seconds"] + plan.get("evaluation_seconds", 0))
         time.append(f"started now it ends at {end:%Y-%m-%d %H:%M}")
     if "cost" in plan:
         time.append(f"cost: {plan['cost']:,.2f} for {hardware['devices']} device" + "s" * (hardware["devices"] > 1))

@@ -48,7 +48,7 @@ def run(directory: Path, name: str) -> Run:
         environment=_json(directory / "env.json"),
         data=_json(directory / "data_report.json"),
         steps=_by_step([row for row in rows if "loss" in row]),
-        held_out=_by_step([row for row in rows if "eval_loss" in row]),
+        held_out=_by_step([row for row in rows if any(key.startswith("eval_") for key in row)]),
         events=[event for event in _lines(directory / "events.jsonl") if isinstance(event.get("time"), int | float)],
         checkpoints=_checkpoints(directory / "checkpoints"),
         errors=[_json(file) for file in sorted((directory / "logs").glob("rank-*.error.json"))],
@@ -77,7 +77,11 @@ def _deltas(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
     known = set(compose.choices("strategy")) & {config["strategy"]["name"]}
     words = ["model=custom", "model.path=x", "data=custom", "data.path=x", f"engine={config['engine']['name']}"]
-    words += [f"strategy={name}" for name in known] + [f"tracking={config['tracking']['name']}"]
+    words += (
+        [f"strategy={name}" for name in known]
+        + [f"task={config['task']['name']}"]
+        + [f"tracking={config['tracking']['name']}"]
+    )
     try:
         defaults = flat(compose.compose("report", words)[0])
     except UserError:  # a choice of a package that is not installed here

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -18,13 +19,14 @@ from ftdist.evaluate import tables
 from ftdist.report import compare
 from ftdist.report.compare import Comparison
 from ftdist.report.gather import Run
-from ftdist.report.plots import MARKS, SERIES
+from ftdist.report.plots import MARKS, PAIRS, SERIES
 from ftdist.tracking import duration
 
 DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#ff7b72", "#d29922", "#39c5cf", "#f778ba")
 LONG = 1500  # characters of an answer that are shown
 COLUMNS = 6  # keys that stand in the table of results; more have a table of their own
 EVENTS = 60  # shown, the last ones
+JUDGED = {"early-stop": "Ended early: ", "overfitting": "WARNING: ", "best-restored": "", "best-missing": "WARNING: "}
 DETAILS = ("grad_norm", "loss_by_rank")  # of events, which their text or the plots say
 STYLE = files(__package__) / "style.css"
 
@@ -39,9 +41,10 @@ def of_run(run: Run, svgs: dict[str, str]) -> str:
         _section("Answers", _samples(run)),
         _section(
             "Training",
-            _plots(svgs, ("loss", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
+            _plots(svgs, ("loss", "retention", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
             _planned(run),
         ),
+        _section("Preferences", _plots(svgs, [name.replace("/", "_") for name in PAIRS])),
         _section("Checkpoints, restarts, faults", _plots(svgs, ("time_line",)), _events(run)),
         _section("Spectrum", _selection(run)),
         _section("Configuration", _configuration(run)),
@@ -152,9 +155,16 @@ def _words(run: Run) -> str:
                 f"{tables.number(name, base[name])} → {tables.number(name, tuned[name])} ({sure})."
             )
             break
-    if "retention_loss" in tuned and "retention_loss" in base:
-        change = tuned["retention_loss"] - base["retention_loss"]
-        said.append(f"On the retention data its loss {'rose' if change > 0 else 'fell'} by {abs(change):.3g}.")
+    for event in run.events:
+        if event.get("event") in JUDGED:
+            said.append(f"{JUDGED[event['event']]}{event.get('text') or event.get('reason')}.")
+    names = [name for name in tuned if name.startswith("retention") and name.endswith("_loss")]
+    for name in names[:-1] if len(names) > 1 else names:  # the last of several is their mean
+        if None not in (tuned[name], base.get(name)):
+            change = tuned[name] - base[name]
+            which = name.removeprefix("retention_").removesuffix("_loss") if len(names) > 1 else ""
+            data = f"retention data {which}".strip()
+            said.append(f"On the {data} its loss {'rose' if change > 0 else 'fell'} by {abs(change):.3g}.")
     shared = metrics.get("overlap") or {}
     if shared.get("rows"):
         said.append(
@@ -410,23 +420,35 @@ def _results(several: Comparison) -> str:
         cost, value = costs[run.name], several.values.get(run.name)
         state = members.get(run.name, {}).get("state") or ("finished" if run.finished else "not finished")
         held = run.held_out[-1].get("eval_loss") if run.held_out else None
-        row = ["" if value is None else str(place), escape(run.name)]
-        row += [escape(_value(several.own[run.name].get(key))) for key in keys]
-        row += [state, _number_of(objective, value)]
+        row = [f"{'' if value is None else f'{place}. '}{escape(run.name)}", _number_of(objective, value)]
+        row += [_kept(_value(several.own[run.name].get(key))) for key in keys]
         row += [] if objective == "eval_loss" else [_quantity("", held)]
         row += [tables.number(name, tuned[run.name].get(name)) for name in names]
         row += [str(run.steps[-1]["step"]) if run.steps else "–", _quantity("", cost["tokens_per_second"])]
         row += [_quantity("bytes", cost["device_peak_bytes"])]
         row += ["–" if cost["seconds"] is None else duration(cost["seconds"])]
         row += [("–" if cost["cost"] is None else f"{cost['cost']:,.2f}")] if priced else []
-        rows.append(row)
-    head = ["", "run", *(f"<code>{escape(key)}</code>" for key in keys), "", escape(_called(objective))]
+        rows.append([*row, _kept(state)])
+    head = ["run", escape(_called(objective)), *(_short(key, keys) for key in keys)]
     head += [] if objective == "eval_loss" else ["held-out loss"]
     head += [*(escape(name.replace("_", " ")) for name in names), "steps", "tokens/s", "peak memory", "time"]
     head += ["cost"] if priced else []
     told = [m for m in several.members if m["reason"] or m["name"] not in tuned]
     said = "".join(f"<li>{escape(m['name'])}: {escape(m['state'])}{escape(_because(m))}</li>" for m in told)
-    return _table(head, rows, numbers=True, words=3 + len(keys)) + (f"<ul>{said}</ul>" if said else "")
+    words = [0, *range(2, 2 + len(keys)), len(head)]
+    return _table([*head, ""], rows, numbers=True, words=words) + (f"<ul>{said}</ul>" if said else "")
+
+
+def _short(key: str, keys: list[str]) -> str:
+    """The last part of a key where it is enough."""
+    last = key.rpartition(".")[2]
+    alone = sum(other.rpartition(".")[2] == last for other in keys) == 1
+    return f'<code title="{escape(key)}">{escape(last if alone else key)}</code>'
+
+
+def _kept(text: str) -> str:
+    """On one line, if it is short."""
+    return f'<span class="kind">{escape(text)}</span>' if len(text) < 30 else escape(text)
 
 
 def _own_keys(several: Comparison) -> list[str]:
@@ -451,13 +473,13 @@ def _differing(several: Comparison) -> str:
 # --- small ----------------------------------------------------------------------------------------
 
 
-def _table(head: list[str], rows: list[list[str]], numbers: bool = False, words: int = 1) -> str:
-    """Cells are HTML already. numbers: all columns but the first `words` stand right."""
+def _table(head: list[str], rows: list[list[str]], numbers: bool = False, words: Collection[int] = (0,)) -> str:
+    """Cells are HTML already. numbers: all columns but `words` stand right."""
     if not rows:
         return ""
 
     def cell(tag: str, i: int, text: str) -> str:
-        return f"<{tag}{' class=n' if numbers and i >= words else ''}>{text}</{tag}>"
+        return f"<{tag}{' class=n' if numbers and i not in words else ''}>{text}</{tag}>"
 
     top = "".join(cell("th", i, text) for i, text in enumerate(head)) if any(head) else ""
     body = "".join(f"<tr>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>" for row in rows)

@@ -19,7 +19,7 @@ INK, GRID, SERIES = ("#1f2328", "#010203"), ("#d8dee4", "#010204"), [
 ]  # fmt: skip
 # Event → mark and colour; anything else is a fault of some kind.
 MARKS = {"start": ("o", 0), "resume": ("^", 3), "restart": ("^", 3), "checkpoint": ("|", 2), "stopped": ("s", 5),
-         "finished": ("*", 2)}  # fmt: skip
+         "finished": ("*", 2), "early-stop": ("s", 0), "best-restored": ("D", 2), "overfitting": ("v", 1)}  # fmt: skip
 FAULT = ("X", 4)
 COLOURED = 8  # runs that have a colour and a name in a plot, the best ones
 AXES = 7  # of parallel coordinates, beside the objective's
@@ -56,16 +56,28 @@ def of_run(run: Run) -> dict[str, Plot]:
     """Name → plot, for what the run has."""
     found: dict[str, Plot] = {}
     curves = {"": run}
-    _curve(found, curves, "loss", "loss", "loss (nats a token)")
+    unit = "loss of a pair" if run.plan.get("task") == "dpo" else "loss (nats a token)"
+    _curve(found, curves, "loss", "loss", unit)
     _curve(found, curves, "learning_rate", "learning_rate", "learning rate")
     _curve(found, curves, "gradient_norm", "grad_norm", "gradient norm")
     _curve(found, curves, "throughput", "tokens_per_second", "tokens/s, all ranks")
     _curve(found, curves, "memory", "memory_gib", "peak memory, rank 0 (GiB)")
+    for name, label in PAIRS.items():
+        _curve(found, curves, name.replace("/", "_"), name, label)
     _while_training(found, run)
+    _kept(found, run)
     _differences(found, run)
     _trade(found, {run.name: run})
     _time_line(found, run)
     return found
+
+
+PAIRS = {
+    "rewards/accuracies": "share of pairs whose chosen answer gained more",
+    "rewards/margins": "reward of chosen − rejected answers",
+    "logps/chosen": "log-probability of a chosen answer (nats)",
+    "logps/rejected": "log-probability of a rejected answer (nats)",
+}  # of task=dpo
 
 
 def of_several(
@@ -153,17 +165,17 @@ def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, la
         if rows:
             lines[run_name] = ([row["step"] for row in rows], [row[key] for row in rows])
     alone = len(runs) == 1
-    if alone and key == "loss":
+    if alone and (key == "loss" or key in PAIRS):
         (run,) = runs.values()
         if lines:
             lines = {"training": lines.popitem()[1]}
-        for part in ("target", "general"):  # with replay
+        for part in ("target", "general") if key == "loss" else ():  # with replay
             rows = [row for row in run.steps if row.get(f"loss_{part}") is not None]
             if rows:
                 lines[part] = ([row["step"] for row in rows], [row[f"loss_{part}"] for row in rows])
-        rows = [row for row in run.held_out if row.get("eval_loss") is not None]
+        rows = [row for row in run.held_out if row.get(f"eval_{key}") is not None]
         if rows:
-            lines["held out"] = ([row["step"] for row in rows], [row["eval_loss"] for row in rows])
+            lines["held out"] = ([row["step"] for row in rows], [row[f"eval_{key}"] for row in rows])
     if not lines:
         return
 
@@ -206,11 +218,38 @@ def _while_training(found: dict[str, Plot], run: Run) -> None:
     found["answers"] = Plot("answers while training", f"held-out answers over steps: {words}", draw)
 
 
+def _kept(found: dict[str, Plot], run: Run) -> None:
+    """Losses on the retention sets at every evaluation, the base's first."""
+    names = {key for row in run.held_out for key in row if re.fullmatch(r"eval_retention(_.+)?_loss", key)}
+    if len(names) > 1:
+        names.discard("eval_retention_loss")  # their mean
+    lines = {}
+    for name in sorted(names):
+        rows = [(row["step"], row[name]) for row in run.held_out if row.get(name) is not None]
+        title = name.removeprefix("eval_").removesuffix("_loss").removeprefix("retention_").replace("_", " ")
+        if rows:
+            lines[title] = rows
+    if not lines:
+        return
+
+    def draw(axes: Any, palette: Palette) -> None:
+        for number, (name, rows) in enumerate(lines.items()):
+            x, y = zip(*rows, strict=True)
+            axes.plot(x, y, color=palette.line(number), label=_cut(name), marker="o", markersize=3.5, linewidth=1.4)
+            axes.axhline(y[0], color=palette.line(number), linewidth=0.8, linestyle="--")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss on general data")
+        axes.legend(frameon=False, fontsize=7, labelcolor=palette.ink)
+
+    words = "; ".join(f"{name} from {rows[0][1]:.4g} to {rows[-1][1]:.4g}" for name, rows in lines.items())
+    found["retention"] = Plot("retention while training", f"loss on general data over steps: {words}", draw)
+
+
 def _differences(found: dict[str, Plot], run: Run) -> None:
     """tuned − base in points of a hundred, with intervals."""
     rows = []
     for name, d in run.metrics.get("difference", {}).items():
-        if name.endswith(("loss", "perplexity")) or name.startswith("g_eval") or d.get("low") is None:
+        if name.endswith(("loss", "perplexity", "token_accuracy")) or name.startswith("g_eval") or d.get("low") is None:
             continue
         scale = 1 if name in ("bleu", "chrf") else 100
         rows.append((name, d["difference"] * scale, d["low"] * scale, d["high"] * scale))
@@ -238,7 +277,8 @@ def _trade(found: dict[str, Plot], runs: dict[str, Run]) -> None:
     points = {}
     for name, run in runs.items():
         base, tuned = run.metrics.get("base", {}), run.metrics.get("tuned", {})
-        values = [m.get(key) for key in ("loss", "retention_loss") for m in (base, tuned)]
+        of_sets = [key for key in tuned if key.startswith("retention") and key.endswith("_loss")]
+        values = [m.get(key) for key in ("loss", *(of_sets[-1:] or [""])) for m in (base, tuned)]  # the mean of several
         if None not in values:
             points[name] = (values[3] - values[2], values[1] - values[0])
     if not points:
@@ -343,4 +383,5 @@ def _inline(svg: str, name: str, alt: str) -> str:
 def _cut(text: str, width: int = 34) -> str:
     """A label that leaves room for the plot; matplotlib hides labels that begin with an underscore."""
     text = text.lstrip("_").replace("$", r"\$")
-    return text if len(text) <= width else "…" + text[1 - width :]
+    head = width // 3
+    return text if len(text) <= width else f"{text[:head]}…{text[head + 1 - width :]}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
-from ftdist import job, launcher, models
+from ftdist import job, launcher
 from ftdist.errors import UserError
 from ftdist.plan import text
 from ftdist.sweep import local, objective
@@ -26,7 +27,7 @@ def completed(config: dict[str, Any], asked: dict[str, Any], sweep_dir: Path) ->
     if tracking["name"] == "wandb" and tracking["group"] is None:
         tracking["group"] = asked["name"]
     parallel = asked["sweep"]["parallel"]
-    if parallel > 1 and cluster["processes"] == "auto":
+    if parallel > 1 and cluster["processes"] == "auto" and cluster["name"] == "local":
         count, kind = launcher.devices()
         cluster["processes"] = max(1, count // parallel) if kind == "GPU" else 1
     objective.check(asked["sweep"]["objective"], config)
@@ -65,7 +66,7 @@ def say_plans(plans: list[dict[str, Any]], named: list[str]) -> None:
 
 def places(sweep: dict[str, Any], configs: list[dict[str, Any]]) -> list[local.Share]:
     """Where members run at once."""
-    counts = [launcher.processes(**config["cluster"], here=True) for config in configs]
+    counts = [job.per_node(config["cluster"], here=True) for config in configs]
     oversubscribe = any(config["cluster"]["oversubscribe"] for config in configs)
     return local.shares(min(sweep["parallel"], max(1, _many(sweep, configs))), max(counts, default=1), oversubscribe)
 
@@ -87,13 +88,20 @@ def fit_together(plans: list[dict[str, Any]], parallel: int, configs: list[dict[
         print(f"warning: {words}", flush=True)
 
 
-def prepared(configs: list[dict[str, Any]]) -> None:
-    """The data of all members, each distinct preparation made once; the members find them in the cache."""
+def prepared(configs: list[dict[str, Any]], wanted: str) -> None:
+    """The data of all members, each distinct preparation made once; the members find them in the cache.
+
+    wanted: the objective. UserError if it needs held-out rows and there are none.
+    """
     done = set()
     for config in configs:
         key = repr((config["data"], config["model"]["path"], config["model"]["revision"], config["task"]["name"],
                     config["train"]["max_length"], config["train"]["packing"], config["seed"]))  # fmt: skip
-        if key not in done:
-            done.add(key)
-            models.local_path(config["model"]["path"], config["model"]["revision"])
-            job.prepared_data(config)
+        if key in done:
+            continue
+        done.add(key)
+        report = json.loads((job.prepared_data(config) / "data_report.json").read_text(encoding="utf-8"))
+        if report["validation"] == 0 and objective.while_training(wanted):
+            raise UserError(
+                f"sweep.objective={wanted}: no row is held out; set data.validation_share or data.validation"
+            )

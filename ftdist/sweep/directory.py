@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ftdist import lease, rundir
+from ftdist import errors, lease, rundir
 from ftdist.errors import UserError
 
 FILE = "sweep.yaml"
 FOLDER = "members"
 WAITING, RUNNING, FINISHED, FAILED, STOPPED, PRUNED = "waiting", "running", "finished", "failed", "stopped", "pruned"
+REFUSED = "refused"  # a combination of a search that cannot be
+DONE = (FINISHED, PRUNED, REFUSED)
 LONGEST = 60  # characters of a member's name
 
 
@@ -43,6 +45,7 @@ class State:
     attempts: int = 0
     retries: int = 0  # of these, after failures and since the sweep was last started
     seconds: float = 0.0  # of all starts
+    owner: str | None = None  # the job of SLURM that has it
     since: float = 0.0  # when this was written, or the running start began
 
 
@@ -145,3 +148,21 @@ def mark(sweep_dir: Path, name: str, **values: Any) -> State:
     changed = State(**{**asdict(state(sweep_dir, name)), **values, "since": time.time()})
     rundir.write_json(sweep_dir / FOLDER / f"{name}.json", asdict(changed))
     return changed
+
+
+def ended(sweep_dir: Path, name: str, status: int, reason: str | None, seconds: float) -> State:
+    """Write down how a start of a member has ended. seconds: that it took."""
+    words = {errors.OK: FINISHED, errors.STOPPED: STOPPED, errors.INTERRUPTED: STOPPED}
+    total = state(sweep_dir, name).seconds + seconds
+    return mark(sweep_dir, name, state=words.get(status, FAILED), status=status, reason=reason, seconds=total)
+
+
+def unfinished(sweep_dir: Path) -> list[str]:
+    """Members that a start of the sweep has still to run, in order."""
+    return [member.name for member in members(sweep_dir) if state(sweep_dir, member.name).state not in DONE]
+
+
+def reopen(sweep_dir: Path, names: list[str]) -> None:
+    """These members are to be run, or gone on with, by a start of the sweep."""
+    for name in names:
+        mark(sweep_dir, name, state=WAITING, reason=None, status=None, retries=0, owner=None)

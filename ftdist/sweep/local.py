@@ -78,8 +78,10 @@ def run(
     running: list[Running] = []
     free = list(places)
     again: list[str] = []
-    with _passing_on(running) as asked:
+    with _passing_on(running) as (asked, ask):
         while True:
+            if not asked and (reason := stops.requested(sweep_dir)):
+                ask(reason, signal.SIGTERM)
             late = limit.at is not None and time.time() >= limit.at
             while free and not asked and not late:
                 name = again.pop(0) if again else take()
@@ -109,13 +111,18 @@ def run(
                 time.sleep(LOOK)
 
 
+def command(sweep_dir: Path, name: str) -> list[str]:
+    """What starts a member, or goes on with it."""
+    return [sys.executable, "-m", "ftdist.sweep.member", str(sweep_dir), name]
+
+
 def _start(sweep_dir: Path, name: str, share: Share, alone: bool) -> Running:
     environment = dict(os.environ)
     if share.gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
     attempts = directory.state(sweep_dir, name).attempts + 1
     directory.mark(sweep_dir, name, state=directory.RUNNING, reason=None, status=None, attempts=attempts)
-    words = [sys.executable, "-m", "ftdist.sweep.member", str(sweep_dir), name]
+    words = command(sweep_dir, name)
     prepare = partial(_child, share.cores)
     if alone:
         return Running(
@@ -148,20 +155,26 @@ def settled(sweep_dir: Path, name: str, returncode: int, asked: bool) -> directo
 
 
 @contextmanager
-def _passing_on(running: list[Running]) -> Iterator[list[str]]:
-    """While open a signal that asks for an end goes to every member, which saves and stops; its name is in the list."""
+def _passing_on(running: list[Running]) -> Iterator[tuple[list[str], Callable[[str, int], None]]]:
+    """While open a signal that asks for an end goes to every member, which saves and stops.
+
+    Gives the list of who has asked, and what asks for an end by another way.
+    """
     asked: list[str] = []
 
-    def ask(number: int, _: Any) -> None:
-        asked.append(stops.SIGNALS[signal.Signals(number)])
-        print(f"\n{asked[-1]}: the running members save, then the sweep stops", flush=True)
+    def ask(reason: str, number: int) -> None:
+        asked.append(reason)
+        print(f"\n{reason}: the running members save, then the sweep stops", flush=True)
         for member in running:
             if member.process.poll() is None:
                 member.process.send_signal(number)
 
-    previous = {number: signal.signal(number, ask) for number in stops.SIGNALS}
+    def signalled(number: int, _: Any) -> None:
+        ask(stops.SIGNALS[signal.Signals(number)], number)
+
+    previous = {number: signal.signal(number, signalled) for number in stops.SIGNALS}
     try:
-        yield asked
+        yield asked, ask
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

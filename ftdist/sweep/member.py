@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from ftdist import cli, job, resume
-from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, USAGE, Failed, UserError
+from ftdist.errors import FAILED, INTERRUPTED, OK, USAGE, Failed, UserError
 from ftdist.sweep import directory
 
 
@@ -18,7 +18,7 @@ def main(sweep_dir: Path, name: str) -> int:
     asked, began = directory.read(sweep_dir), time.time()
     (own,) = (entry["words"] for entry in asked["members"] if entry["name"] == name)
     sys.argv = ["ftdist", "train", *asked["words"], *own]  # what env.json tells as the way to make this run again
-    before = directory.mark(sweep_dir, name, state=directory.RUNNING, reason=None)
+    directory.mark(sweep_dir, name, state=directory.RUNNING, reason=None)
     status, reason = OK, None
     try:
         go(directory.config(sweep_dir, name), sweep_dir / name)
@@ -33,15 +33,7 @@ def main(sweep_dir: Path, name: str) -> int:
         status, reason = FAILED, f"{type(failure).__name__}: {failure}"
     if reason:
         print(f"ftdist: {name}: {reason}", file=sys.stderr, flush=True)
-    state = {OK: directory.FINISHED, STOPPED: directory.STOPPED, INTERRUPTED: directory.STOPPED}
-    directory.mark(
-        sweep_dir,
-        name,
-        state=state.get(status, directory.FAILED),
-        status=status,
-        reason=reason,
-        seconds=before.seconds + time.time() - began,
-    )
+    directory.ended(sweep_dir, name, status, reason, time.time() - began)
     return status
 
 

@@ -4,46 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-from ftdist import schema
+from ftdist import evaluate as evaluation
+from ftdist import judge, schema
 from ftdist.errors import UserError
 
 TUNED = "tuned."  # before a name: of eval/metrics.json, which the evaluation after training writes
-STEPS = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gib")
-ANSWERS = {"exact_match": ("exact_match",), "bleu": ("bleu",), "chrf": ("chrf",),
-           "rouge": ("rouge1", "rouge2", "rougeL")}  # fmt: skip
 
 
 def recorded(config: dict[str, Any]) -> list[str]:
-    """Every name that a run of this configuration records."""
-    names, wanted = list(STEPS), config["eval"]
-    answers = [name for metric in wanted["metrics"] for name in ANSWERS[metric]]
-    answers += ["extracted_match"] if wanted["answer_pattern"] else []
+    """The names that a run of this configuration is known to record."""
+    wanted = config["eval"]
+    names = [*judge.TRAINING, "tokens", "memory_gib"]
     if config["train"]["eval_strategy"] != "no":
-        names += ["eval_loss", "eval_perplexity"]
-        names += [f"eval_{name}" for name in answers] if wanted["during"] else []
+        names += [f"eval_{name}" for name in ("loss", "perplexity", *evaluation.recorded(wanted))]
     if wanted["samples"]:
-        after = ["loss", "perplexity", *answers]
-        after += ["retention_loss", "retention_perplexity"] if wanted["retention"] else []
-        criteria = wanted["g_eval"]["criteria"]
-        after += [f"g_eval_{name}" for name in criteria] if isinstance(criteria, dict) else []
-        after += ["g_eval"] if criteria else []
-        names += [TUNED + name for name in after]
+        answers = evaluation.recorded({**wanted, "during": wanted["samples"]})
+        names += [TUNED + name for name in ("loss", "perplexity", *answers)]
     return names
 
 
 def check(name: str, config: dict[str, Any]) -> None:
     """UserError where nothing would record the objective."""
-    names = recorded(config)
-    if name in names or (name.startswith(TUNED) and config["eval"]["samples"] and config["eval"]["lm_eval"]):
-        return
-    if name.startswith(TUNED) and not config["eval"]["samples"]:
+    wanted, names = config["eval"], recorded(config)
+    if name.startswith(TUNED) and not wanted["samples"]:
         raise UserError(f"sweep.objective={name}: nothing is evaluated after training; set eval.samples=200")
     if name.startswith("eval_") and config["train"]["eval_strategy"] == "no":
         raise UserError(f"sweep.objective={name}: train.eval_strategy=no evaluates nothing; use epoch or steps")
-    raise UserError(f"sweep.objective={name}: no run records it; {schema.nearest(name, names)}")
+    # a task's own, a set's, a judge's, a harness's: what they are called is seen when they are recorded
+    later = "/" in name or (wanted["retention"] and re.match(r"(eval_|tuned\.)retention", name))
+    later = later or (name.startswith(TUNED) and (wanted["lm_eval"] or name.startswith(f"{TUNED}g_eval")))
+    if name not in names and not later:
+        raise UserError(f"sweep.objective={name}: no run records it; {schema.nearest(name, names)}")
 
 
 def while_training(name: str) -> bool:
@@ -67,15 +62,41 @@ def series(run_dir: Path, name: str) -> list[tuple[int, float]]:
 
 
 def value(run_dir: Path, name: str) -> float | None:
-    """The objective of a run: the last line that has it, or the evaluation's; None where there is none (yet)."""
+    """The objective of a run: of the last line that has it, or of the evaluation; None where there is none (yet).
+
+    Where the best step's weights were restored at the end, it is that step's value.
+    """
     if not name.startswith(TUNED):
-        line = series(run_dir, name)
-        return line[-1][1] if line else None
+        step = _restored(run_dir)
+        line = [value for at, value in series(run_dir, name) if step is None or at <= step]
+        return line[-1] if line else None
     file = run_dir / "eval" / "metrics.json"
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8")).get("tuned", {}).get(name.removeprefix(TUNED))
     return float(found) if _is_number(found) else None
+
+
+def _restored(run_dir: Path) -> int | None:
+    """The step whose weights final/ holds, where it is not the last one."""
+    file = run_dir / "events.jsonl"
+    found = None
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        if '"best-restored"' in line:
+            found = int(json.loads(line)["step"])
+    return found
+
+
+def seen(run_dir: Path) -> list[str]:
+    """Every name that a run has recorded a number under."""
+    names: dict[str, None] = {}
+    for file, prefix in ((run_dir / "metrics.jsonl", ""), (run_dir / "eval" / "metrics.json", TUNED)):
+        if not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8")
+        rows = [json.loads(text).get("tuned", {})] if prefix else map(json.loads, text.splitlines())
+        names |= {prefix + key: None for row in rows for key, value in row.items() if _is_number(value)}
+    return [name for name in names if name not in ("step", "epoch")]
 
 
 def order(values: dict[str, float | None], direction: str) -> list[str]:

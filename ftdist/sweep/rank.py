@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ftdist import rundir
+from ftdist import lease, rundir
+from ftdist.errors import USAGE
 from ftdist.sweep import directory, objective
 from ftdist.tracking import duration
 
 FILE = "results.json"
+INTERRUPTED = "interrupted"  # killed, or back in the queue of SLURM
 
 
 def results(sweep_dir: Path) -> list[dict[str, Any]]:
@@ -23,7 +25,7 @@ def results(sweep_dir: Path) -> list[dict[str, Any]]:
         rows[name] = {
             "name": name,
             "words": entry["words"],
-            "state": state.state,
+            "state": _word(sweep_dir / name, state),
             "reason": state.reason,
             "objective": value,
             "seconds": round(state.seconds, 1),
@@ -35,6 +37,13 @@ def results(sweep_dir: Path) -> list[dict[str, Any]]:
         sweep_dir / FILE, {"objective": sweep["objective"], "direction": sweep["direction"], "members": found}
     )
     return found
+
+
+def _word(run_dir: Path, state: directory.State) -> str:
+    """The state for people: a member that was begun, and has nobody now, was interrupted."""
+    if state.state == directory.RUNNING and lease.living(run_dir) is None:
+        return INTERRUPTED
+    return state.state
 
 
 def table(rows: list[dict[str, Any]], name: str) -> str:
@@ -52,15 +61,22 @@ def table(rows: list[dict[str, Any]], name: str) -> str:
     for line in lines:
         cells = [c.ljust(w) if i in (1, 2) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         shown.append("  ".join(cells))
-    reasons = [f"{row['name']}: {row['reason']}" for row in rows if row["state"] == directory.FAILED]
+    reasons = [
+        f"{row['name']}: {row['reason']}" for row in rows if row["state"] in (directory.FAILED, directory.REFUSED)
+    ]
     return "\n".join(line.rstrip() for line in [*shown, *reasons])
 
 
-def say(sweep_dir: Path, name: str, state: directory.State) -> None:
-    """One line when a member has ended."""
+def settled(sweep_dir: Path, name: str, state: directory.State) -> float | None:
+    """Say what has become of a member that has ended; its objective. One that recorded none has failed."""
     wanted = directory.read(sweep_dir)["sweep"]["objective"]
     value = objective.value(sweep_dir / name, wanted) if state.state == directory.FINISHED else None
+    if state.state == directory.FINISHED and value is None:
+        there = ", ".join(objective.seen(sweep_dir / name)) or "nothing"
+        reason = f"sweep.objective={wanted}: not among what it recorded: {there}"
+        state = directory.mark(sweep_dir, name, state=directory.FAILED, status=USAGE, reason=reason)
     number = f", {wanted} {value:.6g}" if value is not None else ""
     print(f"{name}: {state.state}{number}{f': {state.reason}' if state.reason else ''}", flush=True)
     if state.state == directory.FINISHED:
         print(f"run: {sweep_dir / name}", flush=True)
+    return value

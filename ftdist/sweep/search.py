@@ -7,7 +7,9 @@ seed, the trial's number and what was known at that moment: a search that was st
 from __future__ import annotations
 
 import random
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +52,23 @@ def examples(asked: dict[str, Any]) -> list[dict[str, Any]]:
 class Search:
     """The trials of a sweep: those that were not finished, then new ones."""
 
-    def __init__(self, sweep_dir: Path) -> None:
-        self.sweep_dir = sweep_dir
+    def __init__(
+        self, sweep_dir: Path, owner: str | None = None, alive: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        """owner: who takes the trials, where several do; alive: whether another owner is."""
+        self.sweep_dir, self.owner, self.alive = sweep_dir, owner, alive
         self.asked = directory.read(sweep_dir)
         self.sweep = self.asked["sweep"]
         self.space = keys.space(self.sweep["space"])
-        self.waiting = [m.name for m in directory.members(sweep_dir) if self._is_unfinished(m.name)]
         self.study = _study(sweep_dir, self.sweep)
 
-    def _is_unfinished(self, name: str) -> bool:
-        done = (directory.FINISHED, directory.PRUNED)
-        return directory.state(self.sweep_dir, name).state not in done
-
     def take(self) -> str | None:
-        """The next trial: one that was stopped or has failed before, else a new one; None when there were enough."""
-        if self.waiting:
-            return self.waiting.pop(0)
+        """The next trial: one that was begun and has nobody, else a new one; None when there were enough."""
+        with lease.locked(self.sweep_dir):
+            for member in directory.members(self.sweep_dir):
+                if self._has_nobody(directory.state(self.sweep_dir, member.name)):
+                    directory.mark(self.sweep_dir, member.name, state=directory.RUNNING, owner=self.owner)
+                    return member.name
         while True:
             with lease.locked(self.sweep_dir):
                 number = len(self.study.get_trials(deepcopy=False))
@@ -75,18 +78,25 @@ class Search:
                 trial = self.study.ask(_distributions(self.space))
             words = [keys.word(key, _value(self.space[key], trial.params[key])) for key in self.space]
             (name,) = directory.names([words], first=trial.number)
+            directory.mark(self.sweep_dir, name, state=directory.RUNNING, owner=self.owner)
             try:
                 (config,) = compose.compose("train", [*self.asked["words"], *words])
                 checks.completed(config, self.asked, self.sweep_dir)
                 config["run_dir"] = str(self.sweep_dir / name)
                 job.ready(config)
             except UserError as failure:  # a combination that the ends of the space did not show
-                directory.add(self.sweep_dir, Member(name, words), {})
-                self.ended(name, directory.mark(self.sweep_dir, name, state=directory.FAILED, reason=str(failure)))
                 self.study.tell(trial.number, state=TrialState.FAIL)
+                directory.add(self.sweep_dir, Member(name, words), {})
+                state = directory.mark(self.sweep_dir, name, state=directory.REFUSED, reason=str(failure))
+                rank.settled(self.sweep_dir, name, state)
                 continue
             directory.add(self.sweep_dir, Member(name, words), config)
             return name
+
+    def _has_nobody(self, state: State) -> bool:
+        if state.state == directory.RUNNING and state.owner is not None:
+            return state.owner == self.owner or not self.alive(state.owner)
+        return state.state == directory.WAITING
 
     def look(self, name: str) -> None:
         """Tell the pruner what a trial's evaluations said, and ask the trial to stop if it is poor."""
@@ -103,22 +113,17 @@ class Search:
     def ended(self, name: str, state: State) -> None:
         """Tell the study what came out. What failed or was stopped stays open there, until it is gone on with."""
         run_dir = self.sweep_dir / name
-        if state.state == directory.STOPPED and f"({PRUNED}" in (state.reason or ""):
+        if state.state == directory.STOPPED and re.search(rf"(^|\(){PRUNED}: ", state.reason or ""):
             self.look(name)
             state = directory.mark(self.sweep_dir, name, state=directory.PRUNED, reason=None)
             if not self.sweep["keep_pruned"]:
                 shutil.rmtree(run_dir / checkpoint.FOLDER, ignore_errors=True)
             self.study.tell(self._trial(name).number, state=TrialState.PRUNED)
-        elif state.state == directory.FINISHED:
-            value = objective.value(run_dir, self.sweep["objective"])
-            if value is None:
-                reason = f"no {self.sweep['objective']} in what it recorded"
-                state = directory.mark(self.sweep_dir, name, state=directory.FAILED, reason=reason)
-            else:
-                if objective.while_training(self.sweep["objective"]):
-                    self.look(name)
-                self.study.tell(self._trial(name).number, value)
-        rank.say(self.sweep_dir, name, state)
+        value = rank.settled(self.sweep_dir, name, state)
+        if value is not None:
+            if objective.while_training(self.sweep["objective"]):
+                self.look(name)
+            self.study.tell(self._trial(name).number, value)
 
     def _trial(self, name: str) -> optuna.trial.Trial:
         number = int(name.partition("-")[0])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from ftdist import compose, lease, rundir, stops
+from ftdist import compose, follow, job, lease, rundir, stops
 from ftdist.errors import FAILED, INTERRUPTED, STOPPED, Failed, UserError
 from ftdist.sweep import checks, directory, keys, local, rank
 from ftdist.sweep.directory import Member, State
@@ -29,7 +30,7 @@ class Grid:
 
     def __init__(self, sweep_dir: Path) -> None:
         self.sweep_dir = sweep_dir
-        self.waiting = unfinished(sweep_dir)
+        self.waiting = directory.unfinished(sweep_dir)
 
     def take(self) -> str | None:
         return self.waiting.pop(0) if self.waiting else None
@@ -38,7 +39,7 @@ class Grid:
         pass
 
     def ended(self, name: str, state: State) -> None:
-        rank.say(self.sweep_dir, name, state)
+        rank.settled(self.sweep_dir, name, state)
 
 
 def start(made: compose.Composed, argv: list[str]) -> None:
@@ -79,12 +80,22 @@ def start(made: compose.Composed, argv: list[str]) -> None:
     plans = checks.planned(configs)
     named = directory.names(made.words)
     checks.say_plans(plans, [f"example {i}" for i in range(len(configs))] if searching else named)
-    checks.places(sweep, configs)
-    checks.fit_together(plans, sweep["parallel"], configs)
+    if in_slurm(configs):
+        from ftdist.sweep import array
+
+        array.check(configs, sweep)
+        if configs[0]["cluster"]["test_only"]:
+            array.test(sweep_dir, configs)
+            return
+    else:
+        checks.places(sweep, configs)
+        checks.fit_together(plans, sweep["parallel"], configs)
     with rundir.claimed(sweep_dir) as token:
-        checks.prepared(configs)
+        checks.prepared(configs, sweep["objective"])
         members = [] if searching else [Member(*pair) for pair in zip(named, made.words, strict=True)]
         directory.write(sweep_dir, asked, members, configs if members else [])
+        if in_slurm(configs):
+            array.freeze(sweep_dir, [member.name for member in members])
         (sweep_dir / rundir.CLAIM).unlink()  # a sweep is never an unfinished start of a run
     try:
         count = sweep["trials"] if searching else len(members)
@@ -111,25 +122,35 @@ def go_on(sweep_dir: Path, words: list[str]) -> None:
     with lease.held(sweep_dir):
         if sweep != asked["sweep"]:
             directory.change(sweep_dir, sweep)
-        left = unfinished(sweep_dir)
-        for name in left:
-            directory.mark(sweep_dir, name, retries=0)
-        print(f"going on with {sweep_dir} ({len(left)} members unfinished)", flush=True)
         if sweep["name"] == "search":
             from ftdist.sweep import search
 
             configs = search.examples(asked)
             for config in configs:
                 checks.completed(config, {**asked, "sweep": sweep}, sweep_dir)
+                job.decide(config)
         else:
-            configs = [directory.config(sweep_dir, name) for name in left]
+            configs = [directory.config(sweep_dir, member.name) for member in directory.members(sweep_dir)]
+        left = directory.unfinished(sweep_dir)
+        if in_slurm(configs):
+            from ftdist.sweep import array
+
+            jobs = array.active(sweep_dir)
+            left = [name for name in left if directory.state(sweep_dir, name).owner not in jobs]
+            if jobs:
+                print(f"{len(jobs)} jobs of this sweep wait or run; they are left alone", flush=True)
+            array.freeze(sweep_dir, [name for name in left if (sweep_dir / name).is_dir() or sweep["name"] == "grid"])
+        directory.reopen(sweep_dir, left)
+        print(f"going on with {sweep_dir} ({len(left)} members unfinished)", flush=True)
         _run(sweep_dir, configs)
 
 
-def unfinished(sweep_dir: Path) -> list[str]:
-    """Members that a start has still to run, in order."""
-    done = (directory.FINISHED, directory.PRUNED)
-    return [m.name for m in directory.members(sweep_dir) if directory.state(sweep_dir, m.name).state not in done]
+def in_slurm(configs: list[dict[str, Any]]) -> bool:
+    """Where the members run. UserError if some are jobs and others are not."""
+    names = {config["cluster"]["name"] for config in configs}
+    if len(names) > 1:
+        raise UserError(f"cluster: the members of one sweep run in one place, these in {' and '.join(sorted(names))}")
+    return names == {"slurm"}
 
 
 def _run(sweep_dir: Path, configs: list[dict[str, Any]]) -> None:
@@ -144,17 +165,64 @@ def _run(sweep_dir: Path, configs: list[dict[str, Any]]) -> None:
         source: Source = search.Search(sweep_dir)
     else:
         source = Grid(sweep_dir)
-    limit = stops.Limit(configs[0]["train_until"] if configs else None)
-    why = local.run(
-        sweep_dir, source.take, source.look, source.ended, checks.places(sweep, configs), sweep["retries"], limit
-    )
+    (sweep_dir / stops.REQUEST).unlink(missing_ok=True)
+    why = None
+    if in_slurm(configs):
+        from ftdist.sweep import array
+
+        _queue(sweep_dir, sweep, configs[0]["cluster"])
+        if array.active(sweep_dir):
+            if not configs[0]["cluster"]["wait"]:
+                print(f"state: ftdist status {sweep_dir}    results: ftdist report {sweep_dir}    "
+                      f"end it: ftdist stop {sweep_dir}\nsweep: {sweep_dir}", flush=True)  # fmt: skip
+                return
+            why = array.wait(sweep_dir, lambda name, state: print(f"{name}: {state.state}", flush=True))
+    else:
+        places, limit = checks.places(sweep, configs), stops.Limit(configs[0]["train_until"])
+        why = local.run(sweep_dir, source.take, source.look, source.ended, places, sweep["retries"], limit)
+    _conclude(sweep_dir, sweep, why)
+
+
+def _queue(sweep_dir: Path, sweep: dict[str, Any], cluster: dict[str, Any]) -> None:
+    """Submit what has no job."""
+    from ftdist.sweep import array
+
+    jobs = array.active(sweep_dir)
+    names = [n for n in directory.unfinished(sweep_dir) if directory.state(sweep_dir, n).owner not in jobs]
+    if sweep["name"] == "grid":
+        array.queue(sweep_dir, names)
+        return
+    left = len(names) + max(0, sweep["trials"] - len(directory.members(sweep_dir)))
+    if (count := min(sweep["parallel"], left) - len(jobs)) > 0:
+        array.queue_workers(sweep_dir, cluster, count)
+
+
+def stop(sweep_dir: Path) -> str:
+    """Ask a sweep to stop: the running members save, no other starts; what was done. UserError: it is not active."""
+    names = directory.unfinished(sweep_dir)
+    stops.request(sweep_dir, follow.STOP)
+    done = []
+    for name in names:
+        if (sweep_dir / name / follow.JOB).is_file():
+            with contextlib.suppress(UserError):  # not active
+                done.append(f"{name}: {follow.stop(sweep_dir / name)}")
+    if lease.living(sweep_dir) is not None:
+        done.append("no other member starts, the running ones save; ftdist resume goes on")
+    if not done:
+        (sweep_dir / stops.REQUEST).unlink()
+        raise UserError(f"{sweep_dir}: not active ({len(names)} members unfinished); nothing to stop")
+    return "\n".join(done)
+
+
+def _conclude(sweep_dir: Path, sweep: dict[str, Any], why: str | None) -> None:
+    """The table, and the status as Failed."""
     rows = rank.results(sweep_dir)
     print(rank.table(rows, sweep["objective"]), flush=True)
     print(f"sweep: {sweep_dir}", flush=True)
     failed = [row for row in rows if row["state"] == directory.FAILED]
-    stopped = [row for row in rows if row["state"] in (directory.STOPPED, directory.WAITING)]
+    stopped = [row for row in rows if row["state"] not in (directory.FAILED, *directory.DONE)]
     again = f"go on with: ftdist resume {sweep_dir}"
-    if why is not None or stopped:
+    if why or stopped:
         reason = f" ({why})" if why else ""
         status = INTERRUPTED if why == "Ctrl-C" else STOPPED
         raise Failed(f"stopped{reason}: {len(stopped)} of {len(rows)} members are unfinished; {again}", status)

@@ -1,0 +1,158 @@
+"""What is learnt beside what is kept: one run through the command line, and the parts of it that need no run."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from test_loss import SMALL, new, rows, token_losses, trainer
+from torch.nn import functional
+from transformers import LlamaConfig
+
+from ftdist import compose, evaluate, forecast, job, models
+from ftdist.errors import UserError
+from ftdist.evaluate import scores
+
+WORDS = [a + b for a in ("am", "bir", "ced", "du", "em", "fjo", "gro") for b in ("ber", "ch", "ar", "ne", "rd", "ve")]
+
+
+@pytest.fixture(scope="session")
+def general(shared):
+    """A folder with two files of made-up sentences: one to replay, one to keep."""
+    folder, chance = shared / "general", random.Random(1)
+    folder.mkdir(exist_ok=True)
+    for name in ("replay", "keep"):
+        lines = [json.dumps({"text": " ".join(chance.choices(WORDS, k=16))}) for _ in range(60)]
+        if not (folder / f"{name}.jsonl").exists():
+            (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kept(run, small, general, tmp_path_factory):
+    """A run that ends early by the held-out loss, with replay and two retention sets; and its page."""
+    run_dir = tmp_path_factory.mktemp("kept") / "run"
+    words = ("engine=single", "cluster.processes=1", "train.per_device_train_batch_size=4", "train.num_train_epochs=9",
+             "train.learning_rate=2e-2", "train.eval_strategy=steps", "train.eval_steps=3", "stopping.patience=2",
+             "stopping.restore_best=true", "stopping.overfitting_after=1", "stopping.overfitting_rise=0",
+             f"data.replay={general}/replay.jsonl", "data.replay_share=0.3", "eval.retention_during=true",
+             f"eval.retention={{words: {general}/keep.jsonl, again: {general}/keep.jsonl}}", "eval.samples=2",
+             "eval.max_new_tokens=2", "eval.resamples=10")  # fmt: skip
+    finished = run("train", *small, *words, f"run_dir={run_dir}")
+    assert finished.status == 0, finished
+    assert run("report", run_dir).status == 0
+    return run_dir, finished.stdout
+
+
+def test_a_run_that_keeps_the_best(kept):
+    run_dir, stdout = kept
+    logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    held_out = {row["step"]: row for row in logged if "eval_loss" in row}
+    outcome = json.loads((run_dir / "outcome.json").read_text())
+    best = min(held_out, key=lambda step: held_out[step]["eval_loss"])
+    assert outcome["final_step"] == best < outcome["step"] == max(held_out)
+    assert f"final/ holds step {best}, not the last one" in stdout and "general" in stdout
+    metrics = json.loads((run_dir / "eval" / "metrics.json").read_text())
+    assert metrics["tuned"]["loss"] == pytest.approx(held_out[best]["eval_loss"], rel=1e-4)
+    base = next(row for row in logged if row["step"] == 0)
+    for name in ("retention_words_loss", "retention_again_loss", "retention_loss"):
+        assert metrics["base"][name] == pytest.approx(base[f"eval_{name}"], rel=1e-4), name
+        assert metrics["tuned"][name] == pytest.approx(held_out[best][f"eval_{name}"], rel=1e-4), name
+    for side in ("base", "tuned"):
+        assert 0 <= metrics[side]["retention_words_token_accuracy"] <= 1 and "token_accuracy" in metrics[side]
+        assert metrics[side]["retention_words_perplexity"] == pytest.approx(
+            np.exp(metrics[side]["retention_words_loss"])
+        )
+    assert metrics["retention_overlap"]["words"]["rows"] == []
+    plan = json.loads((run_dir / "plan.json").read_text())
+    assert plan["evaluations"] > len(held_out) and plan["evaluation_seconds"] > 0
+    page, readme = (run_dir / "report.html").read_text(), (run_dir / "README.md").read_text()
+    for part in (f"final/ holds step {best}", "Ended early: eval_loss has not improved in 2", "retention data words",
+                 "general from", "loss on general data over steps"):  # fmt: skip
+        assert part in page, part
+    assert f"final/ holds step {best}" in readme and "general rows" in readme
+
+
+def test_overlap_with_the_training_data_is_refused(run, small, chat, tmp_path):
+    words = (*small, "engine=single", "cluster.processes=1", f"run_dir={tmp_path / 'run'}")
+    answer = run("train", *words, f"eval.retention={{chats: {chat}}}")
+    answer.refused("rows of eval.retention=", "overlap with the training data", f"data.against={chat}")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("eval.retention={a b: x.jsonl}",), ("eval.retention: 'a b'",)),
+        (("eval.retention_during=true",), ("eval.retention_during=true", "eval.retention=FILE")),
+        (("eval.retention={a: nowhere.jsonl}",), ("eval.retention=nowhere.jsonl: no such file",)),
+        (("stopping.patience=0",), ("stopping.patience=0", "greater than or equal to 1")),
+        (("stopping.metric=eval_los",), ("stopping.metric=eval_los", "did you mean eval_loss")),
+        (("data.replay=x.jsonl", "data.replay_share=1"), ("data.replay_share=1", "less than 1")),
+        (("+train.load_best_model_at_end=true",), ("train.load_best_model_at_end", "stopping.restore_best")),
+        (("model.dropout=1",), ("model.dropout=1", "less than 1")),
+        (("model.dropout={resid_pdrop: 0.1}",), ("model.dropout.resid_pdrop", "model type llama", "attention_dropout")),
+    ],
+)
+def test_refused(small, tmp_path, words, parts):
+    (config,) = compose.compose("train", [*small, *words, f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError) as failure:
+        job.decide(config)
+        evaluate.retention_data(config)
+    assert all(part in str(failure.value) for part in parts), failure.value
+
+
+def test_dropouts_of_an_architecture():
+    assert models.dropouts({"model_type": "gpt2"}, 0.2) == dict.fromkeys(
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2
+    )
+    assert models.dropouts({"model_type": "llama"}, None) == {}
+    with pytest.raises(UserError, match="model type mamba has no dropout"):
+        models.dropouts({"model_type": "mamba"}, 0.1)
+
+
+def test_label_smoothing_is_over_supervised_tokens(tmp_path):
+    data, model = rows([12, 25]), new(LlamaConfig(**SMALL))
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0, :-1] for row in data])
+    targets = torch.cat([torch.tensor(row["labels"][1:]) for row in data])
+    wanted = functional.cross_entropy(logits, targets, label_smoothing=0.2)  # leaves -100 out
+    made = trainer(model, tmp_path, data, per_device_train_batch_size=2, label_smoothing_factor=0.2, learning_rate=1e-9)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_an_evaluation_holds_no_logits_and_sends_two_numbers(tmp_path):
+    """The head answers with a sum; what the ranks exchange is that and the number of tokens."""
+    data, model = rows([40, 30, 20, 10]), new(LlamaConfig(**SMALL))
+    made = trainer(model, tmp_path, data, per_device_eval_batch_size=2)
+    made.retention = {"eval_retention_a_loss": data[:2], "eval_retention_b_loss": data[2:]}
+    made.evaluate()  # the first one compares the fused loss with the full logits of 32 tokens
+    answers, sent = [], []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: answers.append(output.numel()))
+    reduce = made.accelerator.reduce
+    made.accelerator.reduce = lambda tensor, *a: sent.append(tensor.numel()) or reduce(tensor, *a)
+    metrics = made.evaluate()
+    assert set(answers) == {1} and len(answers) == 4 and sent == [2, 2, 2]
+    with torch.no_grad():
+        means = [float(token_losses(model, part).mean()) for part in (data[:2], data[2:])]
+    assert metrics["eval_retention_a_loss"] == pytest.approx(means[0], rel=1e-5)
+    assert metrics["eval_retention_loss"] == pytest.approx(sum(means) / 2, rel=1e-5)
+
+
+def test_scores_of_sets():
+    one = scores.of_tokens(np.array([6.0, 2.0]), np.array([1.0, 3.0]), np.array([2.0, 4.0]))
+    assert one["loss"].total == 8 / 6 and one["token_accuracy"].total == 4 / 6
+    other = scores.of_tokens(np.array([5.0]), np.array([0.0]), np.array([1.0]))
+    mean = scores.mean_of_sets([one["loss"], other["loss"]])
+    assert mean.total == pytest.approx((8 / 6 + 5) / 2) and not mean.higher_is_better
+    assert list(mean.rows) == [3.0, 0.5, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [({"eval_strategy": "no"}, 0), ({"eval_strategy": "epoch"}, 3), ({"eval_strategy": "steps", "eval_steps": 4}, 6),
+     ({"eval_strategy": "steps", "eval_steps": 0.25}, 3), ({"eval_strategy": "steps", "eval_steps": None}, 12)],
+)  # fmt: skip
+def test_how_often_is_evaluated(keys, count):
+    assert forecast.evaluations({"logging_steps": 2, **keys}, 25, 10) == count

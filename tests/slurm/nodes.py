@@ -1,0 +1,127 @@
+"""A SLURM of the tests' own on this machine, and how runs on it are looked at."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "slurm" / "cluster.sh"
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+WAIT = 240  # seconds for anything; what comes is a matter of seconds on a quiet machine
+
+
+class Cluster:
+    """Nodes of SLURM, with what tests do to them."""
+
+    def __init__(self, **settings):
+        self.folder = Path(tempfile.mkdtemp(prefix="fts", dir="/tmp"))  # short: sockets lie in it
+        self.folder.chmod(0o755)  # or munged refuses it
+        self.name = "".join(random.choices(string.ascii_lowercase, k=5))  # control groups are the machine's
+        nodes = int(settings.get("NODES", 2))
+        self.nodes = [f"{self.name}{number}" for number in range(1, nodes + 1)]
+        self.variables = {"CLUSTER": str(self.folder / "c"), "NAME": self.name, "PORT": str(free_ports(nodes + 1)),
+                          **{key: str(value) for key, value in settings.items()}}  # fmt: skip
+        self.environment = {"SLURM_CONF": f"{self.folder}/c/slurm.conf", "PATH": PATH}
+        self.script("up")
+
+    def script(self, *words):
+        done = subprocess.run([SCRIPT, *words], env=os.environ | self.variables, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        return done.stdout
+
+    def ask(self, *words):
+        """What one of SLURM's commands says."""
+        done = subprocess.run(words, env=os.environ | self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        return done.stdout
+
+    def state(self, job):
+        return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    def log(self, run_dir):
+        return "".join(file.read_text() for file in sorted((run_dir / "logs").glob("job-*.log")))
+
+    def ranks(self, node):
+        """Processes of training on a node."""
+        pids = map(int, self.script("pids", node).split())
+        return [pid for pid in pids if b"ftdist.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    @contextlib.contextmanager
+    def held(self, node):
+        """While open the ranks of a node stand still, and with them the step that all are in."""
+        ranks = self.ranks(node)
+        assert ranks
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def close(self):
+        self.script("down")
+        shutil.rmtree(self.folder)
+
+
+def free_ports(count):
+    while True:
+        first = random.randrange(21000, 31000)
+        with socket.socket() as one:
+            try:
+                for number in range(first, first + count):
+                    with socket.socket() as one:
+                        one.bind(("127.0.0.1", number))
+                return first
+            except OSError:
+                continue
+
+
+def missing():
+    """Programs that are not on this machine."""
+    programs = ("slurmctld", "slurmd", "munged", "sbatch")
+    return [name for name in programs if shutil.which(name, path=PATH) is None]
+
+
+def until(condition, seconds=WAIT, say=lambda: ""):
+    """Wait for something; a test that waits in vain tells what was there instead."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, say()
+        time.sleep(0.05)
+
+
+NODES = ("cluster=slurm", "cluster.nodes=2", "cluster.processes=1", "cluster.memory=3G")
+MEASURED = ("tokens_per_second", "memory_gib")
+
+
+def rows(run_dir):
+    """metrics.jsonl without what was measured on the machine."""
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in found]
+
+
+def steps_done(run_dir):
+    file = run_dir / "metrics.jsonl"
+    return file.read_bytes().count(b'"loss"') if file.exists() else 0
+
+
+def events(run_dir, name):
+    found = [json.loads(line) for line in (run_dir / "events.jsonl").open()]
+    return [event for event in found if event["event"] == name]
+
+
+def same(run_dir, other):
+    """The same numbers in every step, the same bits in the end."""
+    assert rows(run_dir) == rows(other)
+    for file in (other / "final").glob("*.safetensors"):
+        assert file.read_bytes() == (run_dir / "final" / file.name).read_bytes()
