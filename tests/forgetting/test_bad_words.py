@@ -42,6 +42,7 @@ def refused(small, tmp_path, monkeypatch, capfd, environment):
         (("strategy=lora", "strategy.use_dora=true"), ("forgetting.adapters=drift", "DoRA")),
         (("engine=zero3_nvme", "engine.nvme_path=/tmp"), ("zero3_nvme", "zero3_offload")),
         (("forgetting.earlier=/nowhere",), ("forgetting.earlier=/nowhere: holds no Fisher",)),
+        (("task=dpo",), ("forgetting=ewc: not with task=dpo", "forgetting=none")),
         (("forgetting=ewk",), ("forgetting=ewk: no such choice",)),
     ],
 )
