@@ -361,7 +361,7 @@ def meaning(number: str, name: str, lead: int) -> str:
 
 def from_words(words: list[str]) -> Path:
     """The run directory of `slurm/train.sbatch`: made by its first start, found by the later ones."""
-    from ftdist import compose, forecast, job, resume
+    from ftdist import compose, forecast, job, resume, stages
 
     number = os.environ["SLURM_JOB_ID"]
     given = {word.partition("=")[0].lstrip("+") for word in words}
@@ -381,6 +381,7 @@ def from_words(words: list[str]) -> Path:
             )
     (config,) = compose.compose("train", ["cluster=slurm", *words, *told])
     job.check(config)
+    stages.refuse(config)
     if config["run_dir"] is None:
         config["run_dir"] = f"runs/job-{number}-{Path(config['model']['path']).name}-{config['strategy']['name']}"
     run_dir = Path(config["run_dir"]).expanduser().absolute()

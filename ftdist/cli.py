@@ -15,7 +15,7 @@ from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, USAGE, Failed, UserE
 
 HELP = """ftdist VERB …   distributed fine-tuning of language models that can be trusted
 
-  train [overrides]          plan, prepare, launch, train, evaluate; prints `run: DIR` last (-m: a sweep)
+  train [overrides]          plan, prepare, launch, train, evaluate; prints `run: DIR` last (-m, sweep=search: many)
   plan  [overrides] [--json] what would run: memory, time, disk, cost; needs no GPU (--fit: the fastest that fits,
                              --sizes 8,16,64: how it scales, hardware=h100: for other machines)
   data  [overrides] [--show N]  prepare the data alone; show N rows token by token with their mask
@@ -27,7 +27,7 @@ HELP = """ftdist VERB …   distributed fine-tuning of language models that can 
   eval  RUN [eval.key=value] held-out loss and answers, base beside tuned
   export RUN [export.key=value]  a plain Hugging Face directory, merged and checked against what was trained
   chat  RUN [chat.key=value] talk to base and tuned next to each other
-  report RUN… [--output FILE]  one self-contained page for a run, or one that compares several
+  report RUN… | SWEEP [--output FILE]  one self-contained page for a run, or one that compares several
   ls    [GROUP]              config groups, or the choices in one
   doctor [--shared DIR] [--json] [overrides]  what is wrong with this installation, machine, and cluster;
                              --calibrate: measures it for plans; --fault-drill [--kills N] [overrides]: a run
@@ -96,9 +96,8 @@ def private_and_stoppable() -> None:
 
 
 def train(argv: list[str]) -> int:
-    """One run, or with -m or sweep=search several."""
-    from ftdist import compose, job
-    from ftdist import resume as resuming
+    """One run, several that follow one another, or with -m or sweep=search a sweep."""
+    from ftdist import compose, stages
 
     made = compose.several("train", argv)
     if made.several or made.sweep.get("name") == "search":
@@ -107,23 +106,23 @@ def train(argv: list[str]) -> int:
         start.start(made, argv)
         return OK
     for config in made.configs:
-        job.ready(config)
-        run_dir = Path(config["run_dir"]).expanduser().absolute()
+        recipe = stages.of("train", config, argv)
+        stages.ready(recipe)
         try:
             if config["cluster"]["name"] == "slurm":
                 from ftdist import submit
 
+                run_dir = Path(config["run_dir"]).expanduser().absolute()
                 if status := submit.run(config, run_dir):
                     return status
                 if config["cluster"]["test_only"]:
                     continue
-            elif config["resume"] == "auto" and resuming.begun(run_dir, config):
-                resuming.resume(run_dir, config)
             else:
-                job.run(config, run_dir)
+                run_dir = stages.run(recipe)
         except KeyboardInterrupt:
-            if (run_dir / "config.yaml").is_file():
-                print(f"\nftdist: stopped; unfinished run in {run_dir}", file=sys.stderr)
+            begun = [stage["run_dir"] for stage in recipe if Path(stage["run_dir"], "config.yaml").is_file()]
+            if begun:
+                print(f"\nftdist: stopped; unfinished run in {begun[-1]}", file=sys.stderr)
                 return INTERRUPTED
             raise
         print(f"run: {run_dir}")
@@ -207,7 +206,7 @@ def _runs(verb: str, argv: list[str]) -> list[Path]:
 
 def plan(argv: list[str]) -> int:
     """Steps 1 and 2 of a run; leaves nothing."""
-    from ftdist import compose, job
+    from ftdist import compose, job, stages
     from ftdist.plan.text import render, scaling
 
     as_json, fit = "--json" in argv, "--fit" in argv
@@ -215,7 +214,7 @@ def plan(argv: list[str]) -> int:
     devices = [int(part) for part in (sizes or "").split(",") if re.fullmatch(r"[1-9]\d{0,6}", part)]
     if sizes is not None and len(devices) != len(sizes.split(",")):
         raise UserError(f"--sizes={sizes}: numbers of devices, with commas between them: --sizes 8,16,64")
-    for config in compose.compose("plan", argv):
+    for config in [stage for first in compose.compose("plan", argv) for stage in stages.of("plan", first, argv)]:
         job.decide(config)
         made: dict[str, Any] = dict(job.plan(config))
         if fit:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROWS = 16000  # before the split; a fifth is held out
+HELD_OUT = 400  # more rows in a file of their own, for whoever wants the same ones in several runs
+PAIRS = {"train": 1024, "validation": 400}  # of a liked and a disliked answer
 HIDDEN, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 128  # HIDDEN: a power of two
 ROPE_THETA = 50.0  # questions are short: fast rotations tell neighbours apart
 STD = 0.02
@@ -153,12 +155,12 @@ SKILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
 )
 
 
-def rows(seed: int) -> list[dict[str, Any]]:
+def rows(seed: int, count: int = ROWS) -> list[dict[str, Any]]:
     """The demo's rows: chat messages, an id, the skill; any two questions differ in at least two words."""
     rng = random.Random(seed)
     made: list[dict[str, Any]] = []
     seen: set[tuple[str, ...]] = set()  # the words of every question, less one
-    while len(made) < ROWS:
+    while len(made) < count:
         skill = SKILLS[len(made) % len(SKILLS)]
         question, answer = skill(rng)
         words = re.findall("[A-Za-z]+", question)
@@ -170,6 +172,34 @@ def rows(seed: int) -> list[dict[str, Any]]:
         made.append({"messages": messages, "id": f"{skill.__name__}-{len(made):05d}", "skill": skill.__name__})
     rng.shuffle(made)
     return made
+
+
+# --- pairs of answers: taste, which no skill teaches ---------------------------------------------------------------
+
+
+def greeting(rng: random.Random) -> tuple[str, str, str]:
+    """(question, liked answer, disliked answer): a greeting calls people by their name, not by where they come from."""
+    name, city = rng.choice(NAMES), rng.choice(PLACES)
+    thing, colour = rng.choice(THINGS), rng.choice(COLOURS)
+    question = rng.choice(
+        (
+            "{n} of {p} with a {c} {t} is here: say hello",
+            "from {p} comes {n}, who has a {c} {t}: hello",
+            "hello, here is {n} of {p} with a {c} {t}",
+        )
+    )
+    return question.format(n=name, p=city, c=colour, t=thing), f"hello {name}", f"hello {city}"
+
+
+def pairs(seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Preference rows by split; no question is there twice."""
+    rng = random.Random(seed)
+    made: dict[str, dict[str, Any]] = {}
+    while len(made) < sum(PAIRS.values()):
+        question, liked, disliked = greeting(rng)
+        made[question] = {"prompt": question, "chosen": liked, "rejected": disliked}
+    rows = [{**row, "id": f"greeting-{number:05d}"} for number, row in enumerate(made.values())]
+    return {"train": rows[: PAIRS["train"]], "validation": rows[PAIRS["train"] :]}
 
 
 # --- tokenizer and weights -----------------------------------------------------------------------------------------
@@ -341,8 +371,26 @@ def model(directory: Path, seed: int) -> Path:
 
 def dataset(directory: Path, seed: int) -> Path:
     """A JSONL file of chat rows under `directory`: {"messages", "id", "skill"} a line."""
+    made = _publish(
+        directory / f"data-{_key(seed)}",
+        lambda: {"demo.jsonl": _lines(rows(seed)), "held_out.jsonl": _lines(rows(seed + 1, HELD_OUT))},
+    )
+    return made / "demo.jsonl"
 
-    def files() -> dict[str, bytes]:
-        return {"demo.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(seed)).encode()}
 
-    return _publish(directory / f"data-{_key(seed)}", files) / "demo.jsonl"
+def held_out(directory: Path, seed: int) -> Path:
+    """A JSONL file of more such rows, which no split of the others holds."""
+    return dataset(directory, seed).with_name("held_out.jsonl")
+
+
+def preferences(directory: Path, seed: int, split: str) -> Path:
+    """A JSONL file of the pairs of a split: {"prompt", "chosen", "rejected", "id"} a line."""
+    made = _publish(
+        directory / f"preferences-{_key(seed)}",
+        lambda: {f"{name}.jsonl": _lines(values) for name, values in pairs(seed).items()},
+    )
+    return made / f"{split}.jsonl"
+
+
+def _lines(values: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()

@@ -14,14 +14,14 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from ftdist import forgetting, launcher, rundir, slurm
+from ftdist import forgetting, launcher, rundir, slurm, start
 from ftdist.errors import UserError
 from ftdist.plan.activations import family
 from ftdist.plan.hardware import Hardware, elsewhere, hardware
 from ftdist.plan.memory import Case, Memory, disk_bytes, need, standing, zero_sizes
-from ftdist.plan.shapes import Shapes
+from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.plan.speed import duration, step
-from ftdist.plan.states import WIDTH, Held, quantized_modules
+from ftdist.plan.states import WIDTH, Held, quantized_bytes, quantized_modules
 from ftdist.plan.trainable import held_tensors
 from ftdist.strategies import Recipe
 
@@ -77,6 +77,7 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
     world = facts["processes"] * facts["nodes"]
     hidden, layers, vocabulary = _sizes(shapes)
     dtype = config["model"]["dtype"]
+    dpo = config["task"]["name"] == "dpo"
     return Case(
         held=held,
         family=family(shapes.config),
@@ -97,7 +98,7 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         storage=facts["storage"],
         double_quantization=double,
         optim=train["optim"],
-        batch=train["per_device_train_batch_size"],
+        batch=train["per_device_train_batch_size"] * (2 if dpo else 1),
         accumulation=train["gradient_accumulation_steps"],
         length=train["max_length"],
         packed=bool(train["packing"]),
@@ -105,8 +106,8 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         checkpointing=bool(train["gradient_checkpointing"]),
         adapters=peft is not None,
         magnitude=bool((peft or {}).get("use_dora")),
-        dropout=float((peft or {}).get("lora_dropout") or 0.0),
-        eval_batch=train["per_device_eval_batch_size"],
+        dropout=0.0 if dpo and config["task"]["disable_dropout"] else float((peft or {}).get("lora_dropout") or 0.0),
+        eval_batch=train["per_device_eval_batch_size"] * (2 if dpo else 1),
         generation=(config["eval"]["batch_size"], config["eval"]["max_new_tokens"])
         if config["eval"]["samples"]
         else None,
@@ -121,6 +122,27 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         experts=_experts(shapes),
         stored=shapes.dtype if shapes.dtype in WIDTH else facts["loaded"],
         penalty=forgetting.planned(config["forgetting"], peft is not None),
+        each=dpo,
+        reference=facts.get("reference", "none"),
+        reference_bytes=_reference_bytes(config, held, facts, double) if dpo else 0,
+    )
+
+
+def _reference_bytes(config: dict[str, Any], held: tuple[Held, ...], facts: dict[str, Any], double: bool) -> int:
+    """Of a frozen model beside the trained one: its copy, or another one, loaded as the trained one is."""
+    other = config["task"]["reference_model"]
+    if other is None and facts["reference"] != "copy":
+        return 0
+    dtype = config["model"]["dtype"]
+    width = WIDTH[facts["loaded"] if dtype == "auto" else dtype]
+    if other is not None:
+        path = str(start.shapes_directory(other)) if start.is_run(other) else other
+        known = model_shapes(path, None, revision=None, trust_remote_code=config["model"]["trust_remote_code"])
+        return known.total * width
+    goes_on = config["model"]["adapter"] == "continue"
+    copied = [h for h in held if goes_on or ".lora_" not in h.name]
+    return sum(
+        sum(quantized_bytes(h.numel, facts["storage"], double)) if h.quantized else h.numel * width for h in copied
     )
 
 

@@ -41,6 +41,7 @@ from ftdist.export import export
 from ftdist.plan import Plan
 from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
+from ftdist.spectrum import reader
 from ftdist.strategies import Base, Recipe, find, preparation
 
 GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "hardware", "checkpoint", "stopping",
@@ -71,6 +72,7 @@ def _top(
     resume: Literal["never", "auto"],
     train_until: str | None,
     must_fit: bool,
+    then: list[str] | None,
     seed: Annotated[int, Field(ge=0, lt=2**32)],
 ) -> None:
     """The keys outside every group."""
@@ -90,7 +92,7 @@ def check(config: dict[str, Any]) -> None:
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
     schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
     if config["task"]["name"] == "dpo":
-        align.check(config["task"], config["train"])
+        align.check(config["task"], config["train"], config["model"])
         if config["data"]["replay"] is not None:
             raise UserError(f"data.replay={config['data']['replay']}: task=dpo learns from pairs, replayed rows are "
                             "none; leave it out, or replay in the task=sft run before it")  # fmt: skip
@@ -492,7 +494,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     if "reference" in made:
         # the base's files and its adapter are what training starts from, and with it the reference, unless it is other
         adapter = start.adapter(run_dir)
-        begins = [weights["files"], bases.fingerprint(str(adapter))["files"] if adapter else None, other]
+        begins = [weights["files"], reader.digest(adapter / start.WEIGHTS) if adapter else None, other]
         quantization = recipe_of(config, shapes_of(model), measured=True).quantization
         computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
         made["reference_key"] = align.key(begins, prepared.name, computed)

@@ -152,6 +152,11 @@ def tensors(trainer: Any) -> dict[str, int]:
         yield getattr(engine, "param_buffer_of_bit16_for_cpu_offload_groups", None)
         yield from optimizer.state.values()
 
+    def reference() -> Iterator[Any]:  # of task=dpo, a frozen model beside
+        copy = getattr(getattr(trainer, "reference", None), "copy", None)
+        for parameter in copy.parameters() if copy is not None else ():
+            yield from (parameter.data, getattr(parameter, "ds_tensor", None))
+
     def buckets() -> Iterator[Any]:
         for bucket in getattr(engine, "ipg_buckets", {}).values():
             yield bucket.buffer
@@ -167,6 +172,7 @@ def tensors(trainer: Any) -> dict[str, int]:
         "optimizer": states,
         "buckets": buckets,
         "penalty": penalty,
+        "reference": reference,
     }
     seen: set[tuple[str, int]] = set()
     counted: dict[str, int] = {}

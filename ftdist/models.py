@@ -174,7 +174,7 @@ def _fill(model: Any, adapter: Path) -> None:
     import peft
     from safetensors.torch import load_file
 
-    state = load_file(adapter / "adapter_model.safetensors")
+    state = load_file(adapter / start.WEIGHTS)
     own = peft.get_peft_model_state_dict(model)
     odd = sorted(set(own) ^ set(state))
     if odd:

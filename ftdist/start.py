@@ -13,6 +13,7 @@ from ftdist import rundir
 from ftdist.errors import UserError
 
 FOLDER = "start"  # in a run directory: the adapter that went on, as it was
+WEIGHTS = "adapter_model.safetensors"
 MAY_DIFFER = ("dropout",)  # of a strategy's keys, between the run that made an adapter and the one that goes on with it
 
 

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 def frozen(argv: list[str]) -> Path:
     """Global rank 0's part: a run directory with everything that the ranks read, for the engine of the launcher."""
-    from ftdist import compose, forecast, job, resume
+    from ftdist import compose, forecast, job, resume, stages
 
     engine, deepspeed = _engine()
     section = _zero_section(deepspeed) if deepspeed else {}
@@ -99,8 +99,11 @@ def frozen(argv: list[str]) -> Path:
     if len(configs) != 1:
         raise UserError("a launcher runs one configuration: leave out -m and --cfg, or use ftdist train")
     config = configs[0]
+    stages.refuse(config)
     if config["resume"] == "auto" and config["run_dir"] is None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
+    if config["then"]:
+        raise UserError("then: a launcher runs one configuration; use ftdist train for a recipe of several runs")
     job.decide(config)
     forecast.refuse_what_cannot_fit(dict(job.plan(config)), config["must_fit"])
     run_dir = Path(config["run_dir"]).expanduser().absolute()

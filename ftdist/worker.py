@@ -29,13 +29,13 @@ def train(run_dir: Path) -> int:
     plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
     main = int(os.environ.get("RANK", "0")) == 0
 
-    import datasets
     import torch
     from transformers import set_seed
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ftdist import evaluate, ewc, forgetting, keeper, models, parity, tracking
+    from ftdist.data.rows import rows_of
     from ftdist.evaluate.during import Examiner
     from ftdist.evaluate.generate import positions_of
     from ftdist.health import Health
@@ -96,13 +96,11 @@ def train(run_dir: Path) -> int:
     kind: Any = TokenTrainer
     pad_id = tokenizer.pad_token_id or 0
     collate_rows: Any = partial(collate, general=general)
-    rows = [datasets.load_from_disk(str(data / split)) for split in ("train", "validation")]
     named: dict[str, Any] = {}
     if config["task"]["name"] == "dpo":
         from ftdist.align import setup
 
-        kind, collate_rows, rows = setup.PreferenceTrainer, setup.collate_pairs, [setup.PairRows(part) for part in rows]
-        named = setup.keys(run_dir, config, plan, token, recipe)
+        kind, collate_rows, named = setup.dpo(run_dir, config, plan, token, recipe)
     with models.partly_quantized(model):
         trainer = kind(
             model=model,
@@ -110,8 +108,8 @@ def train(run_dir: Path) -> int:
             packing=config["train"]["packing"],
             loss_type=config["train"]["loss_type"],
             trainable=plan["trainable_parameters"],
-            train_dataset=rows[0],
-            eval_dataset=rows[1],
+            train_dataset=rows_of(data / "train"),
+            eval_dataset=rows_of(data / "validation"),
             data_collator=partial(collate_rows, pad_id=pad_id),
             replay=bool(general),
             callbacks=list(recipe.callbacks),
@@ -125,7 +123,7 @@ def train(run_dir: Path) -> int:
     trainer.text_collator = partial(collate, pad_id=pad_id)
     if evaluate.retention_while_training(config["eval"], config["stopping"]):
         trainer.retention = {
-            f"eval_{evaluate.of_set(name)}_loss": datasets.load_from_disk(str(Path(folder) / "validation"))
+            f"eval_{evaluate.of_set(name)}_loss": rows_of(Path(folder) / "validation")
             for name, folder in plan["retention"].items()
         }
     if config["eval"]["during"]:
@@ -137,7 +135,7 @@ def train(run_dir: Path) -> int:
             print(plan["forgetting"], flush=True)
         trainer.consolidation = ewc.Consolidation(
             run_dir,
-            lambda: datasets.load_from_disk(str(Path(plan["fisher_data"]) / "train")),
+            lambda: rows_of(Path(plan["fisher_data"]) / "train"),
             partial(meter.during, "fisher"),
             forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft),
             **schema.pick(ewc.Consolidation.__init__, config["forgetting"]),

@@ -40,7 +40,7 @@ def weighted_losses(task: dict[str, Any]) -> list[tuple[str, float]]:
     return list(zip(names, task["loss_weights"] or [1.0] * len(names), strict=True))
 
 
-def check(task: dict[str, Any], train: dict[str, Any]) -> None:
+def check(task: dict[str, Any], train: dict[str, Any], model: dict[str, Any]) -> None:
     """UserError for values that fit their types and not one another. Called when the types are checked."""
     names = [task["loss_type"]] if isinstance(task["loss_type"], str) else list(task["loss_type"])
     if task["loss_weights"] is not None and len(task["loss_weights"]) != len(names):
@@ -65,6 +65,8 @@ def check(task: dict[str, Any], train: dict[str, Any]) -> None:
             f"task.reference_model={task['reference_model']}: not read with task.reference={task['reference']}; "
             "use cached (its log-probabilities once) or copy (kept beside the model)"
         )
+    if model["dropout"] and task["disable_dropout"]:
+        raise UserError(f"model.dropout={model['dropout']}: task=dpo turns dropout off; set task.disable_dropout=false")
     if train["packing"]:
         raise UserError("train.packing=true: a pair of answers is not packed; use train.packing=false")
     if train["loss_type"] != "nll":

@@ -56,7 +56,7 @@ class Reference:
             return trainer.log_probabilities(self.copy, batch, self.head)
         assert self.kind == "adapter_off", "cached columns come with the batch"
         adapted: Any = trainer.model
-        with evaluating(model), adapted.disable_adapter():
+        with evaluating(model, adapted), adapted.disable_adapter():
             return trainer.log_probabilities(model, batch)
 
     def _keep_copy(self, trainer: PreferenceTrainer) -> None:
@@ -126,7 +126,7 @@ class Reference:
         model, head = (self.copy, self.head) if self.copy is not None else (trainer.model_wrapped, None)
         ranks, size = trainer.keeper.ranks, trainer.args.per_device_eval_batch_size
         found = {}
-        with evaluating(model):
+        with evaluating(trainer.model_wrapped, trainer.model):
             for split, rows in zip(SPLITS, (trainer.train_dataset, trainer.eval_dataset), strict=True):
                 mine: list[np.ndarray] = []
                 for start in range(0, len(rows), size * ranks.world):
@@ -136,6 +136,8 @@ class Reference:
                     made: Any = trainer.data_collator([dict(rows[i]) for i in numbers or [0]])
                     batch = trainer._prepare_inputs(made)
                     with trainer.compute_loss_context_manager():
+                        if not trainer.examined:  # is the head's loss this architecture's?
+                            trainer._examine(trainer.model_wrapped, batch)
                         values = trainer.log_probabilities(model, batch, head)
                     pairs = values.reshape(2, -1).T.float().cpu().numpy()
                     mine.append(pairs[: len(numbers)])
@@ -150,9 +152,9 @@ class Reference:
 
 
 @contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout while open."""
-    training = model.training
+def evaluating(model: Any, inner: Any) -> Iterator[None]:
+    """Without dropout while open. inner: the model inside the engine, whose wrapper does not follow its own eval()."""
+    training = inner.training
     model.eval()
     try:
         yield

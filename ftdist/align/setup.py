@@ -1,24 +1,25 @@
-"""What the worker needs for task=dpo: the trainer, its rows, and its keyword arguments from the frozen run."""
+"""What the worker needs for task=dpo: the trainer, its batches, and its keyword arguments from the frozen run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftdist import align, models, schema, start
 from ftdist.align.losses import Objective
-from ftdist.align.pairs import PairRows, collate_pairs
+from ftdist.align.pairs import collate_pairs
 from ftdist.align.reference import Reference
 from ftdist.align.trainer import PreferenceTrainer
 
 if TYPE_CHECKING:
     from ftdist.strategies import Recipe
 
-__all__ = ["PairRows", "PreferenceTrainer", "collate_pairs", "keys"]
 
-
-def keys(run_dir: Path, config: dict[str, Any], plan: dict[str, Any], token: int, recipe: Recipe) -> dict[str, Any]:
-    """The keyword arguments that PreferenceTrainer has beside TokenTrainer's."""
+def dpo(
+    run_dir: Path, config: dict[str, Any], plan: dict[str, Any], token: int, recipe: Recipe
+) -> tuple[type[PreferenceTrainer], Callable[..., Any], dict[str, Any]]:
+    """The trainer's class, what makes its batches, and the keyword arguments that it has beside TokenTrainer's."""
     task = config["task"]
 
     def load() -> Any:
@@ -34,7 +35,7 @@ def keys(run_dir: Path, config: dict[str, Any], plan: dict[str, Any], token: int
 
     other = task["reference_model"] is not None
     loads = other or plan["reference"] == "copy"
-    return {
+    named = {
         "objective": Objective(align.weighted_losses(task), task["beta"], task["label_smoothing"], task["margin"]),
         "reference": Reference(
             plan["reference"],
@@ -47,3 +48,4 @@ def keys(run_dir: Path, config: dict[str, Any], plan: dict[str, Any], token: int
         "disable_dropout": task["disable_dropout"],
         "chosen_drop": task["chosen_drop"],
     }
+    return PreferenceTrainer, collate_pairs, named

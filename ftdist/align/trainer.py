@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ftdist.align.losses import Objective, Pairs
-from ftdist.align.pairs import PairRows
 from ftdist.align.reference import Reference
+from ftdist.data.rows import PairRows
 from ftdist.loss import IGNORED, full_log_probabilities
 from ftdist.rundir import record
 from ftdist.trainer import TokenTrainer

@@ -146,8 +146,10 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
             row = convert(raw, format=source.format, columns=source.columns)
             if ("chosen" in row) != (rules.task == "dpo") and source.kind != "against":
                 if rules.task == "sft":
-                    raise Reject("not for this task", "has chosen and rejected; see data.format=preference")
-                raise Reject("not for this task", "preference data need chosen and rejected")
+                    raise Reject(
+                        "not for this task", "has chosen and rejected: use task=dpo, or see data.format=preference"
+                    )
+                raise Reject("not for this task", "preference data need chosen and rejected; for answers use task=sft")
         except Reject as error:
             rejects.append(reject_line(source, block.file, line, error, raw))
             continue

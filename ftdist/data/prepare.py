@@ -120,6 +120,7 @@ def prepare(
         replay=replay,
         cache_dir=cache_dir,
         seed=seed,
+        task=task,
     )
     tokenizer = Path(tokenizer_path).expanduser()
     hashes = cache.FileHashes(cache_dir / "file_hashes.json")

@@ -132,6 +132,7 @@ def chosen(
     replay: Any,
     cache_dir: Path,
     seed: int,
+    task: str,
 ) -> tuple[list[Source], list[str]]:
     """(all sources, files that were left aside)."""
     sources: list[Source] = []
@@ -152,9 +153,7 @@ def chosen(
             raise UserError(f"{key}: format={said['format']}: no such format; known: auto, {', '.join(FORMATS)}")
         named = said["path"]
         if named == "demo":
-            from ftdist.demo import dataset
-
-            named = str(dataset(cache_dir.parent / "demo", seed))
+            named = _demo(cache_dir, seed, "sft" if general else task, "train")
         files, kept_out, tests = find(named, key=key)
         source = Source(
             str(said.get("name") or said["path"]),
@@ -173,7 +172,8 @@ def chosen(
     sources += held_out
     for kind, named_files in (("validation", validation), ("against", against)):
         for named in [named_files] if isinstance(named_files, str) else named_files or ():
-            files, more, tests = find(named, key=f"data.{kind}")
+            place = _demo(cache_dir, seed, task, "validation") if named == "demo" else named
+            files, more, tests = find(place, key=f"data.{kind}")
             own = columns if kind == "validation" else {}
             how = format if kind == "validation" else "auto"
             sources.append(Source(named, kind, tuple(files + more + tests), 1.0, how, own))
@@ -185,3 +185,13 @@ def chosen(
             "in data.path is not general data for data.replay"
         )
     return sources, aside
+
+
+def _demo(cache_dir: Path, seed: int, task: str, split: str) -> str:
+    """The demo's file for a task, made here."""
+    from ftdist import demo
+
+    directory = cache_dir.parent / "demo"
+    if task == "dpo":
+        return str(demo.preferences(directory, seed, split))
+    return str(demo.dataset(directory, seed) if split == "train" else demo.held_out(directory, seed))

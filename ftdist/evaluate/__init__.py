@@ -36,6 +36,7 @@ def settings(
     retention: str | list[str] | dict[str, str | list[str]] | None,
     retention_during: bool,
     retention_overlap: Literal["refuse", "warn"],
+    preferences: str | list[str] | None,
     lm_eval: list[str],
     show: Annotated[int, Field(ge=0)],
     g_eval: dict[str, Any],
@@ -168,6 +169,11 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
         name: str(_prepared(target, config, tokenizer, longest, data, "eval.retention"))
         for name, data in retention_sets(wanted["retention"]).items()
     }
+    preferences = None
+    if wanted["preferences"]:
+        preferences = _prepared(target, config, tokenizer, longest, wanted["preferences"], "eval.preferences")
+    elif plan is not None and config["task"]["name"] == "dpo" and Path(plan["prepared"]).is_dir():
+        preferences = Path(plan["prepared"])
     task = {
         "target": str(target),
         "wanted": wanted,
@@ -175,6 +181,7 @@ def evaluate(target: Path, wanted: dict[str, Any], defaults: dict[str, Any] | No
         "plan": plan,
         "prepared": str(prepared),
         "retention": retention,
+        "preferences": str(preferences) if preferences else None,
     }
     with tempfile.TemporaryDirectory() as scratch:
         said = Path(scratch, "failure")
@@ -225,12 +232,14 @@ def _prepared(
         "trust_remote_code": config["model"]["trust_remote_code"],
         "max_length": longest,
         "packing": False,
-        "task": config["task"]["name"],
+        "task": "dpo" if key == "eval.preferences" else "sft",
         "seed": config["seed"],
         "cache_dir": rundir.cache_root() / "data",
     }
     if key == "eval.retention":  # general data have their own form, whatever is trained on
-        keep |= {"format": "auto", "columns": {}, "mask": "auto", "task": "sft"}
+        keep |= {"format": "auto", "columns": {}, "mask": "auto"}
+    elif keep["task"] != config["task"]["name"]:
+        keep |= {"format": "auto", "columns": {}}
     unlike = set(keep) ^ set(schema.keys_of(prepare))
     if unlike:
         raise UserError(f"{target}: made by another version of ftdist, with other keys of data ({min(unlike)})")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ftdist.data.rows import Answers, rows_of
 from ftdist.errors import UserError
 
 LOGITS = 1 << 28  # elements of the largest logits that a batch may have (1 GiB in float32)
@@ -23,16 +24,32 @@ def losses(
 
     A prepared row may hold several examples, one after the other.
     """
-    import datasets
+    return _losses(model, rows_of(prepared / "validation"), batch_size, pad_id, which)
+
+
+def pair_losses(
+    model: Any, prepared: Path, batch_size: int, pad_id: int, which: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The same of the chosen and of the rejected answers of every held-out pair."""
+    rows = rows_of(prepared / "validation")
+    both = _losses(model, Answers(rows), batch_size, pad_id, which)
+    return [values[: len(rows)] for values in both], [values[len(rows) :] for values in both]
+
+
+def _losses(
+    model: Any, rows: Sequence[Mapping[str, Any]], batch_size: int, pad_id: int, which: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     import torch
 
     from ftdist.loss import IGNORED
     from ftdist.trainer import collate, takes_positions
 
-    rows = datasets.load_from_disk(str(prepared / "validation"))
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    lengths, examples = [], []
+    for i in range(len(rows)):
+        lengths.append(len(rows[i]["input_ids"]))
+        examples.append(len(rows[i]["lengths"]))
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    first = np.cumsum([0, *(len(inside) for inside in rows["lengths"])])  # example of each row
+    first = np.cumsum([0, *examples])  # example of each row
     sums, hits, counts = np.zeros(first[-1]), np.zeros(first[-1]), np.zeros(first[-1])
     vocabulary = model.get_input_embeddings().weight.shape[0]
     with_positions = takes_positions(model)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ftdist import base as bases
 from ftdist import models, schema, start
+from ftdist.data.rows import rows_of
 from ftdist.errors import UserError
 from ftdist.plan.shapes import model_shapes
 from ftdist.strategies import Base, find
@@ -85,13 +86,12 @@ class Loader:
 
     def probe(self, length: int) -> Any:
         """Token ids (1, L) of a training row, for a run that recorded none; UserError when its data are gone."""
-        import datasets
         import torch
 
         folder = Path(self.plan["prepared"]) / "train"
         if not folder.is_dir():
             raise UserError(f"{self.run_dir}: its prepared data are gone ({folder}); set export.parity=false")
-        row = datasets.load_from_disk(str(folder))[0]
+        row = rows_of(folder)[0]
         return torch.tensor(row["input_ids"][: min(row["lengths"][0], length)])[None]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ftdist.data import text
+from ftdist.data.rows import rows_of
 
 NGRAM = 13  # words; the evaluation harnesses' convention
 BOILERPLATE = 10  # an n-gram that more training sequences than this have is a template's
@@ -92,15 +93,15 @@ def _grams(words: text.Words, i: int, n: int) -> np.ndarray:
 
 def _sequences(folder: Path, tokenizer: Any) -> Any:
     """Training sequences as text, some thousand at a time."""
-    import datasets
-
-    rows = datasets.load_from_disk(str(folder))
+    rows = rows_of(folder)
     batch: list[list[int]] = []
-    for row in rows:
-        start = 0
-        for length in row["lengths"]:
-            batch.append(row["input_ids"][start : start + length])
-            start += length
+    for i in range(len(rows)):
+        row = rows[i]
+        for packed in (row, *([row["rejected"]] if "rejected" in row else ())):
+            start = 0
+            for length in packed["lengths"]:
+                batch.append(packed["input_ids"][start : start + length])
+                start += length
         if len(batch) >= _BLOCK:
             yield [t.replace("\x00", " ") for t in tokenizer.batch_decode(batch, skip_special_tokens=True)]
             batch = []

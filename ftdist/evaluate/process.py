@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ftdist.evaluate import g_eval, generate, harness, of_set, overlap, scores, 
 
 def run(
     target: Path, wanted: dict[str, Any], config: dict[str, Any], plan: dict[str, Any] | None, prepared: Path,
-    retention: dict[str, str],
+    retention: dict[str, str], preferences: Path | None,
 ) -> None:  # fmt: skip
     """Writes eval/metrics.json and eval/samples.jsonl, prints a table and `wanted["show"]` answers."""
     from ftdist.evaluate.load import Exported, Loader
@@ -45,6 +46,7 @@ def run(
     answers: dict[str, list[str]] = {}
     notes: dict[str, Any] = {"without_reference": without, "held_out": len(rows), "with_prompt": len(asked)}
     shared = shared_general = None
+    margins: Any = None  # of the pairs, as the base sees them
     for which in sides:
         if plan is None:
             model, tokenizer = loader.load(which)
@@ -59,11 +61,20 @@ def run(
             shared_general = {
                 name: overlap.found(trained, tokenizer, overlap.held_out(Path(folder))) for name, folder in sets.items()
             }
-        found[which] = scores.of_tokens(*generate.losses(model, prepared, wanted["batch_size"], pad, which))
+        size, pairs = wanted["batch_size"], None
+        if preferences is not None:
+            pairs = generate.pair_losses(model, preferences, size, pad, f"{which}, preferences")
+        if pairs is not None and preferences == prepared:  # no other rows: what is measured are the chosen answers
+            found[which] = scores.of_tokens(*pairs[0])
+        else:
+            found[which] = scores.of_tokens(*generate.losses(model, prepared, size, pad, which))
+        if pairs is not None:
+            preferred, margins = scores.preferences(pairs[0][0], pairs[1][0], margins)
+            found[which] |= preferred
         general = []
         for name, kept_in in retention.items():
             title = of_set(name)
-            kept = generate.losses(model, Path(kept_in), wanted["batch_size"], pad, f"{which}, {title}")
+            kept = generate.losses(model, Path(kept_in), size, pad, f"{which}, {title}")
             found[which] |= {f"{title}_{n}": metric for n, metric in scores.of_tokens(*kept).items()}
             general.append(found[which][f"{title}_loss"])
         if len(general) > 1:
@@ -82,7 +93,9 @@ def run(
         gc.collect()
     folder = target / "eval"
     folder.mkdir(exist_ok=True)
-    kept_values = {k: wanted[k] for k in ("data", "max_new_tokens", "answer_pattern", "bleu_tokenize", "retention")}
+    kept_values = {
+        k: wanted[k] for k in ("data", "max_new_tokens", "answer_pattern", "bleu_tokenize", "retention", "preferences")
+    }
     record = {"settings": kept_values, "overlap": shared, "retention_overlap": shared_general or {}, **notes}
     _write(folder, with_prompt, found, answers, record, wanted["resamples"], config["seed"])
     if wanted["g_eval"]["criteria"] and prompts:
@@ -144,7 +157,7 @@ def _write(
 
 
 def _of_answers(name: str, metric: scores.Metric, rows: list[Any]) -> bool:
-    return len(metric.rows) == len(rows) and not name.endswith(("loss", "perplexity", "accuracy"))
+    return len(metric.rows) == len(rows) and not re.search("loss|perplexity|accuracy|preference|reward", name)
 
 
 def _plain(value: Any) -> Any:
@@ -174,6 +187,7 @@ def main(said: Path) -> int:
             task["plan"],
             Path(task["prepared"]),
             task["retention"],
+            Path(task["preferences"]) if task["preferences"] else None,
         )
     except UserError as failure:
         said.write_text(str(failure), encoding="utf-8")

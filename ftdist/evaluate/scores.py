@@ -78,6 +78,18 @@ def perplexity(of: Metric) -> Metric:
     return Metric(of.statistics, lambda total: math.exp(min(_ratio(total), 700)), np.exp(of.rows.clip(max=700)), False)
 
 
+def preferences(chosen: np.ndarray, rejected: np.ndarray, before: np.ndarray | None) -> tuple[dict[str, Metric], Any]:
+    """Metrics of pairs from the summed negative log-likelihoods (pairs,) of both answers, and the margins (pairs,).
+
+    before: the margins of the model that this one is compared with; what has grown since is its reward.
+    """
+    margins = rejected - chosen
+    found = {"preference_accuracy": mean((margins > 0).astype(float)), "preference_margin": mean(margins)}
+    if before is not None:
+        found["reward_accuracy"] = mean((margins > before).astype(float))
+    return found, margins
+
+
 def _ratio(total: np.ndarray) -> float:
     return float(total[0] / total[1]) if total[1] else math.nan
 

@@ -473,13 +473,22 @@ class Loss:
     saved: int
     peak: int  # `saved` included
     hidden: int  # of `peak`, what an operation takes and gives back inside itself
+    backward: int = 0  # made in the loss's own backward pass, beside `saved` and the hidden states' gradient
 
 
 def loss(
-    f: Family, setting: Setting, tokens: int, supervised: int, trained_head: bool, head_weight: int, fused: bool
+    f: Family,
+    setting: Setting,
+    tokens: int,
+    supervised: int,
+    trained_head: bool,
+    head_weight: int,
+    fused: bool,
+    each: bool = False,
 ) -> Loss:
     """The fused head and loss of ftdist/loss.py, or the full logits: where the head has an adapter, where logits are
-    changed after it, and in other trainers."""
+    changed after it, and in other trainers. each: a log-probability for every token, whose logits are made again in
+    the backward pass."""
     v, width = f.vocabulary, setting.compute
     if not fused:  # logits; in float32, as log-probabilities, and two gradients of that size on the way back
         kept = tokens * v * (width + 4)
@@ -496,6 +505,9 @@ def loss(
     chosen = supervised * f.hidden * width  # the supervised rows of the hidden states
     kept = grad_hidden + grad_weight
     half = chunk * width if width < 4 else 0
+    if each:  # in float32, as exponentials inside logsumexp or as a softmax, and once as the matrix is
+        inside = 2 * chunk * 4 + half
+        return Loss(chosen, chosen + matrix + inside, chunk * 4, chosen + matrix + inside + grad_weight + product)
     # The exponentials inside logsumexp stand beside the float32 logits; a second chunk is made while the first one's
     # logits and their gradient still have a name.
     inside = chunk * 4
@@ -537,6 +549,7 @@ def activations(
     head_weight: int,
     tied: bool,
     fused: bool,
+    each: bool = False,
 ) -> Activations:
     """A whole micro-batch. input_gradients: the embeddings' output is made to want one (adapters, recomputed)."""
     tokens = batch * length
@@ -574,12 +587,13 @@ def activations(
             worst = max(worst, use.backward - use.saved - behind)
             behind += use.saved + (hidden if use.keeps_input else 0)
         beside = mask
-    made = loss(f, setting, tokens, supervised, trained_head, head_weight, fused or f.capped)
+    made = loss(f, setting, tokens, supervised, trained_head, head_weight, fused or f.capped, each)
     # A tied head's gradient waits for the embedding's, the last one of the pass.
     waiting = f.vocabulary * f.hidden * head_weight if tied and trained_head else 0
     # The embedding's gradient is made whole, when all other activations have gone.
     ending = hidden + ids + waiting + (f.vocabulary * f.hidden * setting.weight if embeddings_trained else 0)
-    logits = 8 * supervised * f.vocabulary if f.capped else 0  # float32 gradients of the full logits
+    # float32 gradients of the full logits
+    logits = 8 * supervised * f.vocabulary if f.capped else made.backward
     return Activations(
         kept=kept,
         # the gradient of the hidden states comes into being first, beside what the loss has kept

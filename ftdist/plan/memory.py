@@ -71,6 +71,9 @@ class Case:
     experts: int = 0  # that a token goes through, of a layer's; 0: no mixture
     answers: tuple[int, int] | None = None  # (rows, tokens) that a rank answers at once while it trains
     penalty: Penalty | None = None  # of elastic weight consolidation
+    each: bool = False  # log-probabilities of tokens are wanted, not their sum (task=dpo)
+    reference: str = "none"  # task=dpo: cached, adapter_off, copy
+    reference_bytes: int = 0  # of a frozen model beside the trained one, whole
 
     @property
     def checkpoint(self) -> int:
@@ -84,6 +87,11 @@ class Case:
             weight_bytes=WIDTH[self.trained],
             state_bytes=model_states(self).saved,
         )
+
+    @property
+    def held_reference(self) -> int:
+        """Bytes of a frozen copy on one rank: ZeRO-3 shards it too."""
+        return self.reference_bytes // self.world if self.stage == 3 else self.reference_bytes
 
     @property
     def consolidation(self) -> tuple[int, int, int, int]:
@@ -157,6 +165,8 @@ def need(case: Case) -> Memory:
         "buckets": made.standing_buckets,
         "runtime": case.runtime,
     }
+    if case.reference == "copy":
+        base["reference"] = case.held_reference
     largest = max((h.numel for h in case.held), default=0) * WIDTH[case.dtype]
     device: dict[str, Phase] = {}
     load = {**_zero(base), "weights": made.weights, "quantization": made.quantization, "runtime": case.runtime}
@@ -186,6 +196,12 @@ def need(case: Case) -> Memory:
     evaluated = _activations(eval_case, recording=False)
     chunk = evaluated.loss.peak - evaluated.loss.saved
     device["evaluation"] = base | {"activations": evaluated.evaluation, "logits_and_loss": chunk, "gathered": gathered}
+    if case.reference in ("adapter_off", "copy"):  # before the policy's own pass
+        again = _activations(replace(case, checkpointing=True), recording=False)
+        chunk = again.loss.peak - again.loss.saved
+        device["reference"] = base | {"activations": again.evaluation, "logits_and_loss": chunk, "gathered": gathered}
+    elif case.reference_bytes:  # once, then it goes
+        device["reference"] = device["evaluation"] | {"reference": case.held_reference}
     device["save"] = base | {"gathered": largest if case.stage == 3 else 0}
     device["resume"] = base | {"step": 0}
     penalty, measuring, _, _ = case.consolidation
@@ -267,6 +283,8 @@ def standing(case: Case, made: States) -> dict[str, int]:
         "buckets": made.standing_buckets if case.stage == 3 else 0,
         "gradients_in_backward": made.gradients,
     }
+    if case.reference == "copy":
+        counted["reference"] = case.held_reference
     if case.penalty:
         counted["host_penalty" if case.penalty_on_host else "penalty"] = case.consolidation[0]
     for kind, size in made.host.items():
@@ -335,7 +353,7 @@ def _activations(case: Case, recording: bool = True) -> Activations:
     if case.family is None:
         kept, peak = case.traced or (0, 0)
         stand_in = Family("llama", case.hidden, 1, case.layers, 1, 1, case.hidden, case.vocabulary, 0, False, False)
-        end = loss(stand_in, setting, case.tokens, case.tokens, trained_head, head_weight, case.fused)
+        end = loss(stand_in, setting, case.tokens, case.tokens, trained_head, head_weight, case.fused, case.each)
         return Activations(kept, peak, 0, peak - kept, end, False)
     return activations(
         case.family,
@@ -354,6 +372,7 @@ def _activations(case: Case, recording: bool = True) -> Activations:
         head_weight=head_weight,
         tied=case.tied,
         fused=case.fused,
+        each=case.each,
     )
 
 

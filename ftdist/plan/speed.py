@@ -52,7 +52,8 @@ def step(case: Case, hardware: Hardware, tokens_per_step: int) -> Speed:
     heads = case.family.heads * case.family.head_dim if case.family else case.hidden
     attention = 4 * case.layers * heads * case.length  # scores and values of one token, the whole square
     recomputed = forward + attention if case.checkpointing else 0.0
-    flops = tokens * (forward + attention + inputs + 2 * attention + weights + recomputed)
+    again = forward + attention if case.reference in ("adapter_off", "copy") else 0.0  # the reference's own pass
+    flops = tokens * (forward + attention + inputs + 2 * attention + weights + recomputed + again)
     model_flops = tokens * (6.0 * counted + 3 * attention)
     compute = flops / (hardware.flops[case.dtype] * hardware.efficiency)
 

@@ -77,7 +77,11 @@ def _deltas(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
     known = set(compose.choices("strategy")) & {config["strategy"]["name"]}
     words = ["model=custom", "model.path=x", "data=custom", "data.path=x", f"engine={config['engine']['name']}"]
-    words += [f"strategy={name}" for name in known] + [f"tracking={config['tracking']['name']}"]
+    words += (
+        [f"strategy={name}" for name in known]
+        + [f"task={config['task']['name']}"]
+        + [f"tracking={config['tracking']['name']}"]
+    )
     try:
         defaults = flat(compose.compose("report", words)[0])
     except UserError:  # a choice of a package that is not installed here

@@ -19,13 +19,14 @@ from ftdist.evaluate import tables
 from ftdist.report import compare
 from ftdist.report.compare import Comparison
 from ftdist.report.gather import Run
-from ftdist.report.plots import MARKS, SERIES
+from ftdist.report.plots import MARKS, PAIRS, SERIES
 from ftdist.tracking import duration
 
 DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#ff7b72", "#d29922", "#39c5cf", "#f778ba")
 LONG = 1500  # characters of an answer that are shown
 COLUMNS = 6  # keys that stand in the table of results; more have a table of their own
 EVENTS = 60  # shown, the last ones
+JUDGED = {"early-stop": "Ended early: ", "overfitting": "WARNING: ", "best-restored": "", "best-missing": "WARNING: "}
 DETAILS = ("grad_norm", "loss_by_rank")  # of events, which their text or the plots say
 STYLE = files(__package__) / "style.css"
 
@@ -43,6 +44,7 @@ def of_run(run: Run, svgs: dict[str, str]) -> str:
             _plots(svgs, ("loss", "retention", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
             _planned(run),
         ),
+        _section("Preferences", _plots(svgs, [name.replace("/", "_") for name in PAIRS])),
         _section("Checkpoints, restarts, faults", _plots(svgs, ("time_line",)), _events(run)),
         _section("Spectrum", _selection(run)),
         _section("Configuration", _configuration(run)),
@@ -154,9 +156,8 @@ def _words(run: Run) -> str:
             )
             break
     for event in run.events:
-        if event.get("event") in ("early-stop", "overfitting", "best-restored", "best-missing"):
-            text = str(event.get("text") or event.get("reason"))
-            said.append(f"{text[0].upper()}{text[1:]}.")
+        if event.get("event") in JUDGED:
+            said.append(f"{JUDGED[event['event']]}{event.get('text') or event.get('reason')}.")
     names = [name for name in tuned if name.startswith("retention") and name.endswith("_loss")]
     for name in names[:-1] if len(names) > 1 else names:  # the last of several is their mean
         if None not in (tuned[name], base.get(name)):

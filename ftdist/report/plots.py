@@ -56,17 +56,28 @@ def of_run(run: Run) -> dict[str, Plot]:
     """Name → plot, for what the run has."""
     found: dict[str, Plot] = {}
     curves = {"": run}
-    _curve(found, curves, "loss", "loss", "loss (nats a token)")
+    unit = "loss of a pair" if run.plan.get("task") == "dpo" else "loss (nats a token)"
+    _curve(found, curves, "loss", "loss", unit)
     _curve(found, curves, "learning_rate", "learning_rate", "learning rate")
     _curve(found, curves, "gradient_norm", "grad_norm", "gradient norm")
     _curve(found, curves, "throughput", "tokens_per_second", "tokens/s, all ranks")
     _curve(found, curves, "memory", "memory_gib", "peak memory, rank 0 (GiB)")
+    for name, label in PAIRS.items():
+        _curve(found, curves, name.replace("/", "_"), name, label)
     _while_training(found, run)
     _kept(found, run)
     _differences(found, run)
     _trade(found, {run.name: run})
     _time_line(found, run)
     return found
+
+
+PAIRS = {
+    "rewards/accuracies": "share of pairs whose chosen answer gained more",
+    "rewards/margins": "reward of chosen − rejected answers",
+    "logps/chosen": "log-probability of a chosen answer (nats)",
+    "logps/rejected": "log-probability of a rejected answer (nats)",
+}  # of task=dpo
 
 
 def of_several(
@@ -154,17 +165,17 @@ def _curve(found: dict[str, Plot], runs: dict[str, Run], name: str, key: str, la
         if rows:
             lines[run_name] = ([row["step"] for row in rows], [row[key] for row in rows])
     alone = len(runs) == 1
-    if alone and key == "loss":
+    if alone and (key == "loss" or key in PAIRS):
         (run,) = runs.values()
         if lines:
             lines = {"training": lines.popitem()[1]}
-        for part in ("target", "general"):  # with replay
+        for part in ("target", "general") if key == "loss" else ():  # with replay
             rows = [row for row in run.steps if row.get(f"loss_{part}") is not None]
             if rows:
                 lines[part] = ([row["step"] for row in rows], [row[f"loss_{part}"] for row in rows])
-        rows = [row for row in run.held_out if row.get("eval_loss") is not None]
+        rows = [row for row in run.held_out if row.get(f"eval_{key}") is not None]
         if rows:
-            lines["held out"] = ([row["step"] for row in rows], [row["eval_loss"] for row in rows])
+            lines["held out"] = ([row["step"] for row in rows], [row[f"eval_{key}"] for row in rows])
     if not lines:
         return
 

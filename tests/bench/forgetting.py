@@ -159,26 +159,27 @@ def _spread(values: list[float]) -> str:
 
 
 def plot(seeds: list[dict[str, dict[str, float]]], file: Path) -> None:
-    """B's gain against A's loss, a point a way, bars of a standard deviation."""
+    """B's gain against A's loss: the mean of each way with bars of a standard deviation, each seed as a faint point."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.6))
-    for name in WAYS:
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.6))
+    for number, name in enumerate(WAYS):
         if all(name in seed for seed in seeds):
             lost = [seed["start"][A] - seed[name][A] for seed in seeds]
             gained = [seed[name][B] - seed["start"][B] for seed in seeds]
             spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in (lost, gained)]
             colour = FAMILIES[name.split()[0].rstrip(",")]
-            x, y = statistics.mean(lost), statistics.mean(gained)
-            axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o", color=colour, capsize=3, lw=1)
-            axes.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color=colour)
+            marker = "osD^v<>PX*"[number % 10]
+            means = {"x": statistics.mean(lost), "y": statistics.mean(gained)}
+            axes.errorbar(**means, xerr=spread[0], yerr=spread[1], fmt=marker, color=colour, lw=0.6, label=name)
+            axes.plot(lost, gained, marker, color=colour, alpha=0.25, ms=4, lw=0)
     axes.set_xlabel(f"lost of A ({A}), points of exact match")
     axes.set_ylabel(f"gained of B ({B}), points of exact match")
     axes.grid(alpha=0.3)
-    axes.margins(0.15)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()
     pyplot.rcParams["svg.hashsalt"] = "forgetting"  # the same file for the same numbers
     figure.savefig(file, metadata={"Date": None})

@@ -237,7 +237,7 @@ def test_preference_rows(tmp_path: Path, run_prepare: Any) -> None:
         assert row["chosen_ids"][-1] == row["rejected_ids"][-1]  # the end of the turn, or both are cut
 
 
-def test_the_verb_prepares_preferences_and_no_run_takes_them(tmp_path: Path, run: Any) -> None:
+def test_the_verb_prepares_preferences_and_supervised_training_takes_none(tmp_path: Path, run: Any) -> None:
     rows = [{"prompt": sentence(i, 9), "chosen": sentence(i + 100, 12), "rejected": "no"} for i in range(30)]
     file = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0]])
     words = (f"data.path={file}", "data.format=preference", "tracking=none")
@@ -247,7 +247,7 @@ def test_the_verb_prepares_preferences_and_no_run_takes_them(tmp_path: Path, run
     assert report["duplicates_exact"] == 1 and report["preference"]["chosen_longer_share"] == 1
     assert report["train"] + report["validation"] == 30
     for verb in ("plan", "train"):
-        run(verb, *words).refused("data.format=preference", "ftdist data")
+        run(verb, *words).refused("data.format=preference", "task=dpo")
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------

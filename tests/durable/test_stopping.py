@@ -4,8 +4,13 @@ import json
 import random
 
 import pytest
+import torch
 from runs import events, last_words, metrics, same, weights
 from safetensors.torch import load_file
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+from ftdist.judge import PLATEAUS
 
 WORDS = [a + b for a in ("am", "bir", "ced", "du", "em", "fjo", "gro") for b in ("ber", "ch", "ar", "ne", "rd", "ve")]
 
@@ -84,3 +89,37 @@ def test_norms_and_biases_do_not_decay(words, untouched, model, engine):
             assert not difference.any(), name
         else:
             assert (difference - 0.01 * 0.5 * weight).abs().max() < 1e-6, name
+
+
+KEYWORDS = {"warmup_stable_decay": {"num_decay_steps": 3}, "cosine_with_min_lr": {"min_lr": 1e-5},
+            "cosine_warmup_with_min_lr": {"min_lr": 1e-5}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
+def test_every_schedule_goes_on_from_its_state(name):
+    """As a checkpoint holds it: JSON, and the rate of the parameter groups."""
+
+    def made():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        keywords = {
+            "num_warmup_steps": 2,
+            "num_training_steps": 12,
+            "scheduler_specific_kwargs": KEYWORDS.get(name, {}),
+        }
+        return optimizer, get_scheduler(name, optimizer, **keywords)
+
+    def rates(optimizer, schedule, steps):
+        for i in steps:
+            optimizer.step()
+            schedule.step(*([1.0 + i] if name in PLATEAUS else []))
+            yield optimizer.param_groups[0]["lr"]
+
+    wanted = list(rates(*made(), range(30)))
+    optimizer, schedule = made()
+    got = list(rates(optimizer, schedule, range(15)))
+    state, rate = json.loads(json.dumps(schedule.state_dict())), optimizer.param_groups[0]["lr"]
+    optimizer, schedule = made()
+    schedule.load_state_dict(state)
+    optimizer.param_groups[0]["lr"] = rate
+    assert got + list(rates(optimizer, schedule, range(15, 30))) == wanted
+    assert len(set(wanted)) > 1 or name == "constant"

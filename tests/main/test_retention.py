@@ -68,8 +68,8 @@ def test_a_run_that_keeps_the_best(kept):
     plan = json.loads((run_dir / "plan.json").read_text())
     assert plan["evaluations"] > len(held_out) and plan["evaluation_seconds"] > 0
     page, readme = (run_dir / "report.html").read_text(), (run_dir / "README.md").read_text()
-    for part in (f"Final/ holds step {best}", "Eval_loss has not improved in 2", "retention data words", "general from",
-                 "loss on general data over steps"):  # fmt: skip
+    for part in (f"final/ holds step {best}", "Ended early: eval_loss has not improved in 2", "retention data words",
+                 "general from", "loss on general data over steps"):  # fmt: skip
         assert part in page, part
     assert f"final/ holds step {best}" in readme and "general rows" in readme
 

@@ -55,7 +55,8 @@ def test_models_have_the_keys_of_the_default():
     for name in choices("model"):
         (config,) = compose("plan", [f"model={name}", "model.path=here"])
         assert list(config["model"]) == [
-            *("path", "revision", "dtype", "attn_implementation", "trust_remote_code", "architecture", "adapter")
+            *("path", "revision", "dtype", "attn_implementation", "dropout"),
+            *("trust_remote_code", "architecture", "adapter"),
         ]
 
 

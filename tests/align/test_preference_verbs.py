@@ -1,0 +1,66 @@
+"""The command line: refusals, the plan of pairs, and one run from training to its page."""
+
+import json
+
+import pytest
+
+
+def test_the_wrong_data_for_a_task_is_one_line(run, words, pairs, chat, tmp_path):
+    own = words("lora", "single")
+    run("plan", *own, "task=sft", "data.format=preference").refused("data.format=preference", "use task=dpo")
+    run("plan", *own, "data.format=messages").refused("data.format=messages", "task=sft")
+    out = f"run_dir={tmp_path / 'run'}"
+    run("train", *own, "task=sft", out).refused("use task=dpo", "chosen and rejected")
+    run("train", *own, f"data.path={chat}", out).refused("need chosen and rejected", "task=sft")
+    run("plan", *own, "train.packing=true").refused("train.packing=true")
+    run("plan", *own, "task.beta=0").refused("task.beta=0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_identical_answers_are_rejected_and_counted(run, words, pairs, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(pairs.read_text() + json.dumps({"prompt": "x", "chosen": "a", "rejected": "a"}) + "\n")
+    answer = run("data", *words("lora", "single"), f"data.path={file}", "data.max_rejects=0.1")
+    report = json.loads(
+        (tmp_path / answer.stdout.splitlines()[-1].removeprefix("data: ") / "data_report.json").read_text()
+    )
+    assert report["rejects"] == {"identical chosen and rejected": 1}
+
+
+def test_a_plan_counts_both_answers(run, words):
+    plans = {}
+    for name, more in {"dpo": (), "copy": ("task.reference=copy",), "sft": ("task=sft", "train.packing=false")}.items():
+        answer = run("plan", *words("full", "zero2", "data.format=auto"), *more, "--json")
+        assert answer.status == 0, answer
+        plans[name] = json.loads(answer.stdout)
+    dpo, copy, sft = plans["dpo"], plans["copy"], plans["sft"]
+    assert "8 pairs × 2 sequences × 64 tokens" in dpo["arithmetic"][0]
+    assert dpo["tokens_per_step"] == 2 * sft["tokens_per_step"] and dpo["sequences_per_step"] == 8
+    assert dpo["phases"]["forward"]["activations"] > 1.9 * sft["phases"]["forward"]["activations"]
+    assert (dpo["reference"], copy["reference"]) == ("cached", "copy")
+    whole = copy["total_parameters"] * 4
+    assert copy["phases"]["step"]["reference"] == copy["states"]["reference"] == whole
+    assert "reference" not in dpo["phases"]["step"]
+    assert copy["seconds_per_step"] > dpo["seconds_per_step"]
+
+
+@pytest.mark.xdist_group("align")
+def test_from_training_to_the_page(run, words, tmp_path):
+    out = tmp_path / "run"
+    more = ("eval.samples=8", "eval.max_new_tokens=4", f"run_dir={out}", "train.learning_rate=5e-3")
+    answer = run("train", *words("lora", "single"), *more)
+    assert answer.status == 0, answer
+    found = json.loads((out / "eval" / "metrics.json").read_text())
+    assert 0 <= found["base"]["preference_accuracy"] <= 1 and "reward_accuracy" in found["tuned"]
+    assert found["difference"]["preference_margin"]["difference"] > 0
+    last = [json.loads(line) for line in (out / "metrics.jsonl").open()][-1]
+    assert last["eval_rewards/accuracies"] == pytest.approx(found["tuned"]["reward_accuracy"])
+    margin = found["difference"]["preference_margin"]["difference"]
+    assert last["eval_rewards/margins"] == pytest.approx(0.1 * margin, rel=1e-3)
+    page = run("report", out)
+    assert page.status == 0, page
+    text = (out / "report.html").read_text()
+    assert "Preferences" in text and "preference_accuracy" in text
+    assert (out / "plots" / "rewards_margins.svg").exists()
+    exported = run("export", out)
+    assert exported.status == 0 and (out / "model" / "model.safetensors").exists(), exported
