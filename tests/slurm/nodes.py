@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -45,6 +46,10 @@ class Cluster:
 
     def state(self, job):
         return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    def first(self, job):
+        """The node of a running job's batch process."""
+        return re.search(r"BatchHost=(\S+)", self.ask("scontrol", "show", "job", "--oneliner", job))[1]
 
     def log(self, run_dir):
         return "".join(file.read_text() for file in sorted((run_dir / "logs").glob("job-*.log")))
@@ -116,7 +121,8 @@ def steps_done(run_dir):
 
 
 def events(run_dir, name):
-    found = [json.loads(line) for line in (run_dir / "events.jsonl").open()]
+    file = run_dir / "events.jsonl"
+    found = [json.loads(line) for line in file.open()] if file.exists() else []
     return [event for event in found if event["event"] == name]
 
 

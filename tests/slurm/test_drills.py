@@ -120,7 +120,7 @@ def test_a_killed_node(on_slurm, clusters, words, local, tmp_path):
     run_dir = tmp_path / "run"
     job = submit(on_slurm, three, run_dir, *words, "engine=zero2", *NODES)
     trains(three, run_dir)
-    first = three.ask("squeue", "-h", "-j", job, "--format=%B").strip()
+    first = three.first(job)
     other = next(node for node in three.nodes if node != first and three.ranks(node))
     three.script("kill", other)
     finished(on_slurm, three, run_dir)
@@ -136,7 +136,7 @@ def test_a_killed_first_node(on_slurm, clusters, words, local, tmp_path):
     run_dir = tmp_path / "run"
     job = submit(on_slurm, three, run_dir, *words, "engine=zero2", *NODES)
     trains(three, run_dir)
-    first = three.ask("squeue", "-h", "-j", job, "--format=%B").strip()
+    first = three.first(job)
     three.script("kill", first)
     finished(on_slurm, three, run_dir)
     three.script("start", first)
@@ -151,7 +151,7 @@ def test_a_killed_daemon(on_slurm, clusters, words, local, tmp_path):
     job = submit(on_slurm, four, run_dir, *words, "engine=zero2", *NODES)
     trains(four, run_dir)
     nodes = [node for node in four.nodes if four.ranks(node)]
-    first = four.ask("squeue", "-h", "-j", job, "--format=%B").strip()
+    first = four.first(job)
     old = four.ranks(first)
     for pid in old:
         os.kill(pid, signal.SIGSTOP)
@@ -173,7 +173,7 @@ def test_a_cut_network(on_slurm, clusters, words, local, tmp_path):
     run_dir = tmp_path / "run"
     job = submit(on_slurm, three, run_dir, *words, "engine=zero2", *NODES, "cluster.interface=eth0")
     trains(three, run_dir)
-    first = three.ask("squeue", "-h", "-j", job, "--format=%B").strip()
+    first = three.first(job)
     other = next(node for node in three.nodes if node != first and three.ranks(node))
     three.script("cut", other)
     finished(on_slurm, three, run_dir)
