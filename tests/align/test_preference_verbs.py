@@ -4,17 +4,32 @@ import json
 
 import pytest
 
+from ftdist import compose, job
+from ftdist.errors import UserError
 
-def test_the_wrong_data_for_a_task_is_one_line(run, words, pairs, chat, tmp_path):
-    own = words("lora", "single")
-    run("plan", *own, "task=sft", "data.format=preference").refused("data.format=preference", "use task=dpo")
-    run("plan", *own, "data.format=messages").refused("data.format=messages", "task=sft")
-    out = f"run_dir={tmp_path / 'run'}"
-    run("train", *own, "task=sft", out).refused("use task=dpo", "chosen and rejected")
-    run("train", *own, f"data.path={chat}", out).refused("need chosen and rejected", "task=sft")
-    run("plan", *own, "train.packing=true").refused("train.packing=true")
-    run("plan", *own, "task.beta=0").refused("task.beta=0")
+
+def test_the_wrong_data_for_a_task_is_one_line(run, words, chat, tmp_path):
+    own = (*words("lora", "single"), f"run_dir={tmp_path / 'run'}")
+    run("train", *own, "task=sft").refused("use task=dpo", "chosen and rejected")
+    run("train", *own, f"data.path={chat}").refused("need chosen and rejected", "task=sft")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("task=sft", "data.format=preference"), "data.format=preference: .* use task=dpo"),
+        (("data.format=messages",), "data.format=messages: .* task=sft"),
+        (("train.packing=true",), "train.packing=true"),
+        (("task.beta=0",), "task.beta=0"),
+        (("task.loss_typ=ipo",), "task.loss_typ"),
+    ],
+)
+def test_what_a_task_refuses_before_anything_is_read(words, more, said):
+    with pytest.raises(UserError, match=said):
+        (config,) = compose.compose("plan", [*words("lora", "single"), *more])
+        job.decide(config)
+        job.plan(config)
 
 
 def test_identical_answers_are_rejected_and_counted(run, words, pairs, tmp_path):
@@ -61,6 +76,6 @@ def test_from_training_to_the_page(run, words, tmp_path):
     assert page.status == 0, page
     text = (out / "report.html").read_text()
     assert "Preferences" in text and "preference_accuracy" in text
-    assert (out / "plots" / "rewards_margins.svg").exists()
+    assert list((out / "plots").glob("rewards_margins.*"))
     exported = run("export", out)
     assert exported.status == 0 and (out / "model" / "model.safetensors").exists(), exported
