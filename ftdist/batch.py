@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, _note)
     os.umask(rundir.PRIVATE)
-    os.environ.setdefault(stops.STARTED, str(time.time()))
+    os.environ[stops.STARTED] = str(time.time())  # of this job, not of whoever has submitted it
     verb, words = argv[0], argv[1:]
     try:
         if verb == "words":
@@ -171,6 +171,9 @@ class Job:
         """None when the run is finished; else what ended it."""
         from ftdist import job
 
+        if len(self.nodes) != self.cluster["nodes"]:
+            return Failed(f"cluster.nodes={self.cluster['nodes']}: the job has {len(self.nodes)} nodes, which the plan "
+                          "does not know of", USAGE)  # fmt: skip
         limit = self.cluster["max_requeues"]
         if (count := fruitless(self.run_dir, self.number)) > limit:
             return Failed(f"not started again: {count} starts of this job in a row without a new checkpoint "
@@ -371,15 +374,20 @@ def from_words(words: list[str]) -> Path:
     if gpus and (facts := launcher.gpu_facts()):
         told += [f"cluster.gpu_type='{facts[0]}'"]
     told_by_sbatch = {"name", "nodes"}
-    for function in (slurm.options, slurm.setup, slurm.submission):
+    for function in (slurm.options, slurm.setup, slurm.submission, slurm.array):
         told_by_sbatch.update(schema.keys_of(function))
     for key in sorted(given):
         group, _, name = key.partition(".")
-        if group == "cluster" and (not name or name in told_by_sbatch):
+        if group == "cluster" and (not name or name.partition(".")[0] in told_by_sbatch):
             raise UserError(
                 f"{key}: read by ftdist train when it submits; give it to sbatch, or write it into the script"
             )
-    (config,) = compose.compose("train", ["cluster=slurm", *words, *told])
+    configs = compose.compose("train", ["cluster=slurm", *words, *told])
+    if len(configs) != 1:
+        raise UserError(
+            "slurm/train.sbatch: a job is one run; leave out -m and --cfg, or use ftdist train cluster=slurm"
+        )
+    (config,) = configs
     job.check(config)
     stages.refuse(config)
     if config["run_dir"] is None:

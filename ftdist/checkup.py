@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import socket
 import subprocess
@@ -341,7 +342,7 @@ def _seen_by_nodes(probe: Path, kind: str) -> Iterator[Finding]:
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     directory = probe.parent
     if nodes > 1:
-        script = f"cat {probe / 'word.json'} && touch {probe}/$SLURM_NODEID"
+        script = f"cat {shlex.quote(str(probe / 'word.json'))} && touch {shlex.quote(str(probe))}/$SLURM_NODEID"
         words = [
             "srun",
             f"--nodes={nodes}",
@@ -421,7 +422,7 @@ def partitions(text: str) -> Finding:
         name, available, count, state = [*line.split(), "", "", "", ""][:4]
         usable.setdefault(name, 0)
         if available == "up" and not re.match(r"down|drain|fail|unk|maint|powered_down", state) and "*" not in state:
-            usable[name] += int(count or 0)
+            usable[name] += round(float(count.rstrip("K") or 0) * (1000 if count.endswith("K") else 1))
     if not usable:
         return Finding("partitions", WRONG, "sinfo shows none", "ask your administrators for access")
     words = ", ".join(f"{name} ({count} nodes)" for name, count in usable.items())

@@ -176,13 +176,19 @@ def stop(argv: list[str]) -> int:
     """Ask runs to save and stop; take those that wait out of the queue."""
     from ftdist import follow
 
+    refused = []
     for run_dir in _runs("stop", argv):
-        if (run_dir / "sweep.yaml").is_file():
-            from ftdist.sweep import start
+        try:
+            if (run_dir / "sweep.yaml").is_file():
+                from ftdist.sweep import start
 
-            print(f"{run_dir}: {start.stop(run_dir)}")
-        else:
-            print(f"{run_dir}: {follow.stop(run_dir)}")
+                print(f"{run_dir}: {start.stop(run_dir)}")
+            else:
+                print(f"{run_dir}: {follow.stop(run_dir)}")
+        except UserError as failure:  # the others are to be stopped all the same
+            refused.append(str(failure))
+    if refused:
+        raise UserError("; ".join(refused))
     return OK
 
 

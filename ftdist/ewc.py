@@ -319,7 +319,9 @@ class Consolidation:
         scale = 1.0 if scaled is None else float(scaled)
         for group in base.param_groups:
             for tensor in group["params"]:
-                if tensor.grad is not None:
+                if tensor.requires_grad:
+                    if tensor.grad is None:  # unused in this step, as an expert can be; ZeRO has a zero there
+                        tensor.grad = torch.zeros_like(tensor)
                     self.own += self.form.pull(tensor, self.strength, scale)
 
     def penalty(self) -> float:

@@ -91,7 +91,9 @@ def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> t
             where = f"on {job.nodes}" if job is not None and job.nodes else ""
             return "running", f"saving, then stopping ({reason})" if reason else where
         return ("ending", "") if outcome else ("starting", "")
-    if final:
+    evaluated = (run_dir / "eval" / "metrics.json").is_file()
+    completed = job is not None and job.state == "COMPLETED"
+    if final and (evaluated or completed or outcome.get("outcome") not in ("stopped", "failed")):
         return "done", ""
     if outcome.get("outcome") in ("stopped", "failed"):
         return str(outcome["outcome"]), str(outcome["reason"])

@@ -132,9 +132,23 @@ def identity(files: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def refuse_another_model(path: str, model: str, model_path: str) -> None:
-    """UserError unless the Fisher at `path` was measured on the model whose identity is `model`."""
+def begins(run_dir: Path) -> str | None:
+    """The identity of the adapter that goes on in this run, if one does."""
+    going_on = start.adapter(run_dir)
+    return identity(bases.fingerprint(str(going_on))["files"]) if going_on else None
+
+
+def refuse_another_model(path: str, model: str, model_path: str, adapter: str | None) -> None:
+    """UserError unless the Fisher at `path` was measured on the model whose identity is `model`.
+
+    adapter: the identity of the one that goes on, if one does.
+    """
     kept = read(path, "forgetting.fisher")["fisher"]
+    if kept["model"] == model and kept["start"] != adapter:
+        raise UserError(
+            f"forgetting.fisher={path}: measured on this base {'without' if kept['start'] is None else 'with another'} "
+            "adapter; measure it where this run starts with forgetting.data"
+        )
     if kept["model"] != model:
         raise UserError(
             f"forgetting.fisher={path}: measured on another model ({kept['model_path']}, not {model_path}: other "
@@ -150,7 +164,6 @@ def facts(
     peft: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What a Fisher is of: the weights, the data, and whatever else changes gradients at the start."""
-    going_on = start.adapter(run_dir)
     base = json.loads((run_dir / bases.FILE).read_text(encoding="utf-8"))
     return {
         "model": identity(base["files"]),
@@ -159,5 +172,6 @@ def facts(
         "precision": plan["precision"],
         "quantization": quantization,
         "adapters": dict(peft) if peft and keys["adapters"] == "plain" else None,
-        "start": identity(bases.fingerprint(str(going_on))["files"]) if going_on else None,
+        "start": begins(run_dir),
+        "loaded": plan["loaded"],
     }

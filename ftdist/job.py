@@ -110,13 +110,18 @@ def check(config: dict[str, Any]) -> None:
     schema.check("engine", config["engine"], engine)
     engine(**config["engine"])  # looks at the keys for DeepSpeed
     schema.check("tracking", config["tracking"], tracking.function(config["tracking"].get("name")))
+    pairs = config["task"]["name"] == "dpo"
     judge.check(
         config["stopping"],
         eval_strategy=config["train"]["eval_strategy"],
         schedule=config["train"]["lr_scheduler_type"],
-        retention=bool(config["eval"]["retention"]),
+        logging_steps=float(config["train"]["logging_steps"]),
+        eval_steps=config["train"].get("eval_steps"),
+        retention=[evaluation.of_set(name) for name in evaluation.retention_sets(config["eval"]["retention"])],
+        replay=config["data"]["replay"] is not None,
         saves=config["engine"]["name"] != "zero3_nvme",
-        answers=evaluation.recorded(config["eval"]),
+        held_out=("loss", *(align.MEANS if pairs else ("perplexity",)), *evaluation.recorded(config["eval"])),
+        training=align.MEANS if pairs else (),
     )
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
@@ -459,7 +464,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     other = other_reference(config)
     weights = bases.fingerprint(model["path"])
     prepared = prepared_data(config, run_dir=run_dir)
-    general = general_data(config, forgetting.identity(weights["files"]))
+    general = general_data(config, forgetting.identity(weights["files"]), forgetting.begins(run_dir))
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
@@ -496,7 +501,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         adapter = start.adapter(run_dir)
         begins = [weights["files"], reader.digest(adapter / start.WEIGHTS) if adapter else None, other]
         quantization = recipe_of(config, shapes_of(model), measured=True).quantization
-        computed = [made["precision"], dict(quantization or {}), model["attn_implementation"]]
+        computed = [made["precision"], model["dtype"], dict(quantization or {}), model["attn_implementation"]]
         made["reference_key"] = align.key(begins, prepared.name, computed)
     frozen = {"prepared": str(prepared), "retention": retention, "fisher_data": general, "id": uuid.uuid4().hex[:12]}
     rundir.write_json(run_dir / "plan.json", {**made, **frozen})
@@ -602,10 +607,10 @@ def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Pat
     )
 
 
-def general_data(config: dict[str, Any], model: str) -> str | None:
+def general_data(config: dict[str, Any], model: str, adapter: str | None) -> str | None:
     """The prepared data that a Fisher is to be measured on, one sequence a row; None where none is.
 
-    model: the identity of the weights; UserError if a Fisher is given that is of others.
+    model, adapter: identities of the weights; UserError if a Fisher is given that is of others.
     """
     keys = config["forgetting"]
     if not forgetting.is_on(keys):
@@ -613,14 +618,15 @@ def general_data(config: dict[str, Any], model: str) -> str | None:
             print(forgetting.said(keys, False), flush=True)
         return None
     if keys["fisher"] is not None:
-        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"])
+        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"], adapter)
         return None
     data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
-    data |= {"replay": None, "replay_share": None}
+    data |= {"replay": None, "replay_share": None, "format": "auto", "columns": {}, "mask": "auto"}
+    data |= dict.fromkeys(("min_answer", "max_answer", "max_repetition", "max_markup", "scripts"))
     try:
         return str(prepared_data({**config, "data": data, "train": {**config["train"], "packing": False}}))
     except UserError as failure:
-        raise UserError(str(failure).replace("data.path=", "forgetting.data="))
+        raise UserError(f"forgetting.data={keys['data']}: {failure}")
 
 
 def shapes_of(model: dict[str, Any], need_weights: bool = False) -> Shapes:

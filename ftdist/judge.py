@@ -17,7 +17,7 @@ PLATEAUS = ("reduce_lr_on_plateau", "greedy")  # schedules that follow a metric
 ROUNDING = 1e-9  # a set that has lost just what is allowed is kept
 TRAINING = ("loss", "loss_target", "loss_general", "grad_norm", "learning_rate", "tokens_per_second")
 LOWER, HIGHER = (
-    r"(loss|perplexity|grad_norm|_change)$",
+    r"(loss|loss_target|loss_general|perplexity|grad_norm|_change)$",
     r"(match|bleu|chrf|rouge\w*|accurac\w+|margins|rewards/chosen|tokens_per_second)$",
 )
 
@@ -51,20 +51,32 @@ def check(
     *,
     eval_strategy: str,
     schedule: str,
-    retention: bool,
+    logging_steps: float,
+    eval_steps: float | None,
+    retention: Collection[str],
+    replay: bool,
     saves: bool,
-    answers: Collection[str],
+    held_out: Collection[str],
+    training: Collection[str],
 ) -> None:
     """UserError for what cannot be: a metric that is not recorded, no evaluation to judge, no checkpoint to restore.
 
-    retention: whether there are sets; saves: whether the engine can; answers: metrics that are recorded at an
-    evaluation beside the losses (without `eval_`).
+    retention: what every general set is called, where they are measured while training; saves: whether the engine can;
+    held_out: metrics that an evaluation records (without `eval_`); training: those that the task logs beside its loss.
     """
     metric = values["metric"]
-    known = (*TRAINING, *(f"eval_{name}" for name in ("loss", "perplexity", *answers)))
-    later = (metric.startswith("eval_retention") and retention) or "/" in metric  # a task's own: seen when recorded
-    if metric not in known and not later:
+    of_sets = [f"eval_{name}_{what}" for name in retention for what in ("loss", "change")]
+    of_sets += ["eval_retention_loss"] if len(retention) > 1 else []
+    of_parts = ("loss_target", "loss_general") if replay else ()
+    logged = (*(name for name in TRAINING if not name.startswith("loss_")), *of_parts, *training)
+    known = (*logged, *(f"eval_{name}" for name in held_out), *of_sets)
+    if metric not in known:
         raise UserError(f"stopping.metric={metric}: not recorded by this run; {nearest(metric, known)}")
+    if metric in logged and eval_strategy == "steps" and eval_steps and 1 <= eval_steps < logging_steps:
+        raise UserError(
+            f"stopping.metric={metric}: logged every {logging_steps:g} steps and judged every {eval_steps:g}; set "
+            f"train.logging_steps={eval_steps:g} or less"
+        )
     sign(metric, values["direction"])
     wants = {f"stopping.{k}={values[k]}": values[k] for k in ("patience", "max_forgetting", "restore_best")}
     wants[f"train.lr_scheduler_type={schedule}"] = schedule in PLATEAUS
@@ -203,7 +215,7 @@ class Judge:
         total, count = memory.training
         memory.training = [0.0, 0]
         memory.before = total / count if count else memory.before
-        if held_out is None or self.overfitting_after is None:
+        if held_out is None or not math.isfinite(held_out) or self.overfitting_after is None:
             return None
         if memory.lowest is None or held_out < memory.lowest[1]:
             memory.lowest = [step, held_out, memory.before]

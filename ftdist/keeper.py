@@ -244,7 +244,7 @@ class Keeper(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.judge is not None and "loss" in logs:
-            self.judge.trained(logs)
+            self.judge.trained(self.ranks.from_first(logs))  # times differ between ranks
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if self.judge is None:

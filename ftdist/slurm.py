@@ -23,6 +23,9 @@ SCRIPT = "job.sbatch"  # in a run directory
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
           "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")  # fmt: skip
 TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, M:SS
+# Options that keys of `cluster` stand for, and the log that `ftdist logs` reads.
+OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "mem", "time", "signal",
+       "array", "partition", "requeue", "no-requeue", "output", "error", "open-mode")  # fmt: skip
 PATIENCE = 60  # seconds that a command of SLURM may take
 
 
@@ -95,6 +98,14 @@ def options(
         **{key.replace("_", "-"): value for key, value in sbatch.items()},
     }
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
+
+
+def refuse_own(sbatch: Mapping[str, Any]) -> None:
+    """UserError for an option of the user's that would change what the plan, or `ftdist logs`, knows."""
+    for key, value in sbatch.items():
+        if key.replace("_", "-") in OWN:
+            raise UserError(f"cluster.sbatch.{key}={value}: the plan would not know of it; use the key of `cluster` "
+                            "that is for it")  # fmt: skip
 
 
 def resolved(
@@ -185,7 +196,7 @@ def setup(*, modules: list[str], environment: dict[str, str | int | float], setu
     for name in environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise UserError(f"cluster.environment.{name}: no name of an environment variable")
-    load = ["type module >/dev/null 2>&1 || . /etc/profile"] if modules else []
+    load = ["type module >/dev/null 2>&1 || { . /etc/profile || true; }"] if modules else []
     load += [f"module load {shlex.quote(_one_line('cluster.modules', name))}" for name in modules]
     exports = [
         f"export {name}={shlex.quote(_one_line(f'cluster.environment.{name}', value))}"
@@ -248,7 +259,7 @@ def _sbatch(words: list[str], cwd: Path | None) -> str:
 
 
 # What SLURM sets in a job, as opposed to what steers its commands.
-INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)"
+INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)|FTDIST_(STARTED|LEASE|GRACE)$"
 
 
 def command(

@@ -91,6 +91,7 @@ def text(run_dir: Path, cluster: dict[str, Any], verb: str = "run", *words: str,
 
     more: options of sbatch.
     """
+    slurm.refuse_own(cluster["sbatch"])
     output = f"{slurm.pattern(run_dir / 'logs')}/job-%j.log"
     keys = {**schema.pick(slurm.options, cluster), "sbatch": {"output": output, **more, **cluster["sbatch"]}}
     chosen = slurm.options(run_dir.name, cluster["nodes"], **keys)

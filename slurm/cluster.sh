@@ -163,6 +163,9 @@ up() {
   local i
   install_slurm
   choose
+  if [ -e "$CLUSTER" ] && [ ! -f "$CLUSTER/settings" ] && [ -n "$(ls -A "$CLUSTER")" ]; then
+    die "$CLUSTER holds other files; choose another CLUSTER"
+  fi
   [ ! -f "$CLUSTER/settings" ] || down
   rm -rf "$CLUSTER"
   mkdir -p "$CLUSTER"

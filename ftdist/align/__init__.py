@@ -16,6 +16,8 @@ SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair")  # read label_smoot
 SHIFTED = ("sigmoid", "sigmoid_norm")  # read margin
 REFERENCE_FREE = ("sigmoid", "sigmoid_norm", "hinge", "odds", "sft")  # mean something without a reference
 REFERENCES = ("auto", "cached", "adapter_off", "copy", "none")
+MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+         "logps/rejected")  # fmt: skip  # TRL's names
 
 
 def settings(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
+SURE = -1e-6  # nats a token, the surest that an answer counts as
 TEMPERATURE = 0.05  # of discopop (arXiv 2406.08414)
 
 
@@ -139,7 +140,9 @@ def _discopop(o: Objective, p: Pairs) -> torch.Tensor:
 
 def _odds(o: Objective, p: Pairs) -> torch.Tensor:
     """ORPO's odds ratio (Hong et al. 2024, equation 7), times beta; ORPO is `sft` and this one. No reference."""
-    chosen, rejected = p.chosen / p.chosen_tokens, p.rejected / p.rejected_tokens
+    # a certain answer has infinite odds, and NaN for a gradient
+    chosen = (p.chosen / p.chosen_tokens).clamp(max=SURE)
+    rejected = (p.rejected / p.rejected_tokens).clamp(max=SURE)
     odds = chosen - rejected - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
     return -o.beta * logsigmoid(odds)
 

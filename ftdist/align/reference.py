@@ -16,7 +16,7 @@ import torch
 
 from ftdist import lease, rundir
 from ftdist.errors import FENCED, Failed
-from ftdist.loss import Head
+from ftdist.loss import IGNORED, Head
 
 if TYPE_CHECKING:
     from ftdist.align.trainer import PreferenceTrainer
@@ -50,11 +50,14 @@ class Reference:
     @torch.no_grad()
     def live(self, trainer: PreferenceTrainer, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """log p (2·B,) of the batch's sequences by the reference, without gradients."""
-        if self.kind == "none":
+        if self.kind == "cached":  # columns come with the batch, unless it has nothing but fillers
+            assert not (batch["targets"] != IGNORED).any()
+        if self.kind in ("none", "cached"):
             return torch.zeros(len(batch["targets"]), device=batch["targets"].device)
         if self.copy is not None:
+            assert self.head is not None
+            self.head.usable = self.head.usable and trainer.head.usable  # the trainer has found out by now
             return trainer.log_probabilities(self.copy, batch, self.head)
-        assert self.kind == "adapter_off", "cached columns come with the batch"
         adapted: Any = trainer.model
         with evaluating(model, adapted), adapted.disable_adapter():
             return trainer.log_probabilities(model, batch)
@@ -65,7 +68,8 @@ class Reference:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.head = Head(model, 0.0, "nll")
-        self.head.usable = self.head.usable and trainer.head.usable
+        # Whether logits are changed after the head is known of the trained model's architecture alone.
+        self.head.usable = self.head.usable and trainer.head.usable and self.is_start
         self.copy = self._sharded(model) if trainer.sharded else model.to(trainer.args.device)
         self.copy.eval()
 
@@ -138,6 +142,8 @@ class Reference:
                     with trainer.compute_loss_context_manager():
                         if not trainer.examined:  # is the head's loss this architecture's?
                             trainer._examine(trainer.model_wrapped, batch)
+                        if head is not None:
+                            head.usable = head.usable and trainer.head.usable
                         values = trainer.log_probabilities(model, batch, head)
                     pairs = values.reshape(2, -1).T.float().cpu().numpy()
                     mine.append(pairs[: len(numbers)])

@@ -46,6 +46,7 @@ def dpo(
             is_start=not other and plan["reference"] != "none",
         ),
         "disable_dropout": task["disable_dropout"],
-        "chosen_drop": task["chosen_drop"],
+        # how much was lost since the start is known where the reference is the start
+        "chosen_drop": task["chosen_drop"] if not other and plan["reference"] != "none" else None,
     }
     return PreferenceTrainer, collate_pairs, named

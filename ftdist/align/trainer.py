@@ -3,6 +3,7 @@ is in. Rows, checkpoints, health and sharded evaluation are its parent's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ftdist.align import MEANS
 from ftdist.align.losses import Objective, Pairs
 from ftdist.align.reference import Reference
 from ftdist.data.rows import PairRows
@@ -17,8 +19,6 @@ from ftdist.loss import IGNORED, full_log_probabilities
 from ftdist.rundir import record
 from ftdist.trainer import TokenTrainer
 
-MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-         "logps/rejected")  # fmt: skip  # TRL's names
 SUMS = ("loss", "pairs", "sft", "chosen_tokens", "chosen_ratio", *MEANS)
 SAME = 0.05  # nats a token; policy and reference are the same model at the first step, but for rounding
 
@@ -203,5 +203,6 @@ def without_dropout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():  # of those that call torch's functions themselves
+            if re.search("dropout|pdrop|layerdrop", name) and isinstance(value, float):
+                setattr(module, name, 0.0)

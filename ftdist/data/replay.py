@@ -43,7 +43,7 @@ def choose(sequences: Sequences, target: np.ndarray, draw: np.ndarray, *, share:
             f"data.replay has {every:,}; give more of them, data.replay_share={reached * 0.999:.3g} at most, or "
             f"data.replay_repeats={-(-round(wanted) // every)}"
         )
-    passes, rest = divmod(wanted, every)
+    passes, rest = divmod(min(wanted, every * repeats), every)
     row = sequences.row[general]
     last = np.flatnonzero(np.append(row[1:] != row[:-1], True))  # of each row's sequences
     ends = np.cumsum(sequences.lengths[general], dtype=np.int64)[last]

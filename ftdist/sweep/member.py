@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
 from pathlib import Path
 
-from ftdist import cli, job, resume
+from ftdist import cli, job, resume, stops
 from ftdist.errors import FAILED, INTERRUPTED, OK, USAGE, Failed, UserError
 from ftdist.sweep import directory
 
 
 def main(sweep_dir: Path, name: str) -> int:
     """The member's exit status, which its state has too."""
+    began_all = os.environ.get(stops.STARTED)
     cli.private_and_stoppable()
+    if began_all:  # train_until is counted from the beginning of the sweep
+        os.environ[stops.STARTED] = began_all
     asked, began = directory.read(sweep_dir), time.time()
     (own,) = (entry["words"] for entry in asked["members"] if entry["name"] == name)
     sys.argv = ["ftdist", "train", *asked["words"], *own]  # what env.json tells as the way to make this run again

@@ -226,6 +226,10 @@ def _conclude(sweep_dir: Path, sweep: dict[str, Any], why: str | None) -> None:
         reason = f" ({why})" if why else ""
         status = INTERRUPTED if why == "Ctrl-C" else STOPPED
         raise Failed(f"stopped{reason}: {len(stopped)} of {len(rows)} members are unfinished; {again}", status)
+    missing = sweep["trials"] - len(rows) if sweep["name"] == "search" else 0
+    if missing > 0:
+        raise Failed(f"{missing} of {sweep['trials']} trials were never begun: whoever makes them has ended "
+                     f"(logs/); {again}", FAILED)  # fmt: skip
     if failed:
         raise Failed(f"{len(failed)} of {len(rows)} members failed; {again}", FAILED)
 

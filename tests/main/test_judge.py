@@ -108,7 +108,9 @@ def test_it_goes_on_from_its_state():
     assert verdicts(None)[-1].stop and verdicts(None)[4].overfitting == 1
 
 
-USUAL = {"eval_strategy": "steps", "schedule": "cosine", "retention": False, "saves": True, "answers": ["chrf"]}
+USUAL = {"eval_strategy": "steps", "schedule": "cosine", "logging_steps": 1, "eval_steps": 5, "retention": (),
+         "replay": False, "saves": True, "held_out": ["loss", "perplexity", "chrf"], "training": ()}  # fmt: skip
+PAIRS = {"held_out": ["loss", "rewards/margins"], "training": ["rewards/margins"]}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,13 @@ USUAL = {"eval_strategy": "steps", "schedule": "cosine", "retention": False, "sa
         ({"max_forgetting": 0.1}, {}, r"stopping\.max_forgetting=0\.1: of what\?.*eval\.retention"),
         ({}, {"schedule": "reduce_lr_on_plateau", "eval_strategy": "no"}, r"reduce_lr_on_plateau: nothing is eval"),
         ({"metric": "loss"}, {"schedule": "reduce_lr_on_plateau"}, r"follows an evaluation, and stopping\.metric=loss"),
-        ({"metric": "eval_x/y"}, {}, r"stopping\.metric=eval_x/y: is a lower or a higher value better\?"),
+        ({"metric": "learning_rate"}, {}, r"stopping\.metric=learning_rate: is a lower or a higher value better\?"),
+        ({"metric": "eval_perplexity"}, PAIRS, r"stopping\.metric=eval_perplexity: not recorded"),
+        ({"metric": "foo/loss"}, {}, r"stopping\.metric=foo/loss: not recorded"),
+        ({"metric": "loss_general"}, {}, r"stopping\.metric=loss_general: not recorded"),
+        ({"metric": "eval_retention_typo_loss"}, {"retention": ["retention_news"]}, r"mean eval_retention_news_loss"),
+        ({"metric": "eval_retention_loss"}, {"retention": ["retention_news"]}, r"eval_retention_loss: not recorded"),
+        ({"metric": "loss"}, {"logging_steps": 10}, r"logged every 10 steps and judged every 5"),
     ],
 )
 def test_refused(keys, facts, words):
@@ -131,6 +139,24 @@ def test_refused(keys, facts, words):
         judge.check(DEFAULTS | keys, **USUAL | facts)
 
 
-@pytest.mark.parametrize("metric", ["loss", "grad_norm", "eval_perplexity", "eval_chrf", "eval_rewards/margins"])
-def test_allowed(metric):
-    judge.check(DEFAULTS | {"metric": metric}, **USUAL)
+@pytest.mark.parametrize(
+    ("metric", "facts"),
+    [
+        *((name, {}) for name in ("loss", "grad_norm", "eval_perplexity", "eval_chrf")),
+        *((name, PAIRS) for name in ("eval_rewards/margins", "rewards/margins")),
+        ("loss_general", {"replay": True}),
+        ("eval_retention_change", {"retention": ["retention"]}),
+        ("eval_retention_loss", {"retention": ["retention_a", "retention_b"]}),
+    ],
+)
+def test_allowed(metric, facts):
+    judge.check(DEFAULTS | {"metric": metric}, **USUAL | facts)
+
+
+def test_a_nan_does_not_end_the_watch_for_overfitting():
+    made = new(patience=None)
+    verdicts = []
+    for step, value in enumerate([math.nan, 1.0, 1.2, 1.4, 1.6, 1.8]):
+        made.trained({"loss": 5.0 - step})
+        verdicts.append(made.evaluated(step, {"eval_loss": value}))
+    assert [v.overfitting for v in verdicts if v.overfitting is not None] == [1]

@@ -128,3 +128,11 @@ def test_words_for_what_a_run_does(tmp_path):
     assert words(tmp_path, job("FAILED")) == ("stopped", "ftdist stop")
     (tmp_path / "final").mkdir()
     assert words(tmp_path, job("COMPLETED"))[0] == "done"
+    assert words(tmp_path, job("FAILED"))[0] == "stopped"  # trained, and its evaluation was not
+
+
+@pytest.mark.parametrize("key", ["nodes", "gpus_per_node", "time", "output", "array"])
+def test_options_that_the_plan_would_not_know_of(key):
+    with pytest.raises(UserError, match=rf"cluster\.sbatch\.{key}=2: .*use the key of `cluster`"):
+        slurm.refuse_own({"nice": 100, key: 2})
+    slurm.refuse_own({"nice": 100})
