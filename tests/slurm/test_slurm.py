@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from nodes import NODES, events, same, steps_done, until
+from nodes import NODES, events, held, same, steps_done, until
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
@@ -29,8 +29,7 @@ def test_pre_empted_on_two_nodes(on_slurm, cluster, words, local, tmp_path):
     assert submitted.status == 0 and submitted.run_dir == run_dir, submitted
     job = job_of(run_dir)
     assert f"job {job} is in the queue: 2 nodes" in submitted.stdout
-    until(lambda: steps_done(run_dir) >= 5, say=lambda: cluster.log(run_dir))
-    with cluster.held(cluster.nodes[1]):  # or it might be finished before the pre-emption
+    with held(run_dir, cluster):
         running = state(on_slurm, cluster, run_dir)
         assert (running["state"], running["job"], running["steps"]) == ("running", job, 30)
         on_slurm(cluster, *train).refused(f"its job {job} is running")
