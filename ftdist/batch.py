@@ -354,7 +354,8 @@ def meaning(number: str, name: str, lead: int) -> str:
     job = slurm.show(number)
     if job.get("JobState", "").startswith("CANCELLED"):
         return "cancelled"
-    if job.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"):
+    preempted = job.get("PreemptTime", "None")  # a date, which an earlier start may have left there
+    if preempted[:1].isdigit() and preempted >= job.get("StartTime", ""):
         return "pre-empted"
     left = slurm.left(number)
     if left is not None and left <= lead + 60:  # SLURM may be a minute early

@@ -125,7 +125,7 @@ start_node() {
   local run="exec slurmd -N $1 -f $SLURM_CONF"
   mkdir -p "$CLUSTER/spool.$1"
   case $(setting SEPARATE) in
-    net) quietly ip netns exec "ftd${1##*[!0-9]}" unshare --uts --mount sh -c "hostname $1; $run" ;;
+    net) quietly nsenter --net="/run/netns/ftd${1##*[!0-9]}" unshare --uts --mount sh -c "hostname $1; $run" ;;
     names) quietly unshare --uts --mount sh -c "hostname $1; $run" ;;
     *) quietly sh -c "$run" ;;
   esac
@@ -187,8 +187,14 @@ up() {
   die "SLURM did not come up in 30 s"
 }
 
-networks() {
+without_networks() {
+  local n
+  for n in $(ip netns list | awk '/^ftd[0-9]/ {print $1}'); do ip netns del "$n"; done
+  ip link del ftdbr 2>/dev/null || true
+}
+networks() { # one set on a machine
   local i
+  without_networks
   ip link add ftdbr type bridge
   ip addr add 10.77.0.254/24 dev ftdbr
   ip link set ftdbr up
@@ -211,10 +217,7 @@ down() {
     [ -z "$p" ] || kill -KILL "$p" 2>/dev/null || true
     while [ -n "$p" ] && running "$p"; do sleep 0.05; done
   done
-  if [ "$(setting SEPARATE)" = net ]; then
-    for ((i = 1; i <= ${n:-0}; i++)); do ip netns del "ftd$i" 2>/dev/null || true; done
-    ip link del ftdbr 2>/dev/null || true
-  fi
+  [ "$(setting SEPARATE)" != net ] || without_networks
   if [ "$(setting TRACK)" = cgroup ]; then
     for ((i = 1; i <= ${n:-0}; i++)); do
       find "$FREEZER/slurm_$(setting NAME)$i" -depth -type d -exec rmdir {} \; 2>/dev/null || true

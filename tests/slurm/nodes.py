@@ -54,25 +54,6 @@ class Cluster:
     def log(self, run_dir):
         return "".join(file.read_text() for file in sorted((run_dir / "logs").glob("job-*.log")))
 
-    def ranks(self, node):
-        """Processes of training on a node."""
-        pids = map(int, self.script("pids", node).split())
-        return [pid for pid in pids if b"ftdist.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-    @contextlib.contextmanager
-    def held(self, node):
-        """While open the ranks of a node stand still, and with them the step that all are in."""
-        ranks = self.ranks(node)
-        assert ranks
-        for pid in ranks:
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for pid in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
-
     def close(self):
         self.script("down")
         shutil.rmtree(self.folder)
@@ -97,15 +78,45 @@ def missing():
     return [name for name in programs if shutil.which(name, path=PATH) is None]
 
 
-def until(condition, seconds=WAIT, say=lambda: ""):
+def until(condition, seconds=WAIT, say=lambda: "", pause=0.05):
     """Wait for something; a test that waits in vain tells what was there instead."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, say()
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 NODES = ("cluster=slurm", "cluster.nodes=2", "cluster.processes=1", "cluster.memory=3G")
+
+
+def ranks(run_dir):
+    """Pid → node of every rank of a run."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes().endswith(b"-m\0ftdist.worker\0%s\0" % bytes(run_dir)):
+                variables = dict(v.split(b"=", 1) for v in (process / "environ").read_bytes().split(b"\0") if b"=" in v)
+                found[int(process.name)] = variables[b"SLURMD_NODENAME"].decode()
+    return found
+
+
+@contextlib.contextmanager
+def held(run_dir, cluster, steps=5, count=2):
+    """While open, the ranks of a run stand still after so many steps: it cannot be finished. Gives pid → node."""
+    until(lambda: len(ranks(run_dir)) == count, say=lambda: cluster.log(run_dir))
+    found = ranks(run_dir)
+    until(lambda: steps_done(run_dir) >= steps, say=lambda: cluster.log(run_dir), pause=0.001)
+    for pid in found:
+        os.kill(pid, signal.SIGSTOP)
+    assert steps_done(run_dir) < 30, "too late"
+    try:
+        yield found
+    finally:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 MEASURED = ("tokens_per_second", "memory_gib")
 
 

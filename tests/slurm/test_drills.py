@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from nodes import NODES, events, rows, same, steps_done, until
+from nodes import NODES, events, held, ranks, rows, same, steps_done, until
 
 from ftdist import rundir
 
@@ -45,8 +45,7 @@ def test_time_limit(on_slurm, tracked, words, local, tmp_path):
     """Saved before the limit, and back into the queue; under both trackers the signal kills nobody."""
     run_dir = tmp_path / "run"
     submit(on_slurm, tracked, run_dir, *words, "engine=zero2", *NODES, "cluster.time=0:02:00", PLENTY)
-    trains(tracked, run_dir)
-    with tracked.held(tracked.nodes[1]):
+    with held(run_dir, tracked):
         until(lambda: (run_dir / "stop.json").exists(), say=lambda: tracked.log(run_dir))
     said = finished(on_slurm, tracked, run_dir)
     assert "time limit: back into the queue" in said
@@ -58,8 +57,7 @@ def test_signal_to_every_process(on_slurm, tracked, words, local, tmp_path):
     """`scancel --full --signal=USR1`: batch process, srun, launchers and ranks all get it."""
     run_dir = tmp_path / "run"
     job = submit(on_slurm, tracked, run_dir, *words, "engine=zero2", *NODES)
-    trains(tracked, run_dir)
-    with tracked.held(tracked.nodes[1]):
+    with held(run_dir, tracked):
         tracked.ask("scancel", "--full", "--signal=USR1", job)
         until(lambda: (run_dir / "stop.json").exists(), say=lambda: tracked.log(run_dir))
     finished(on_slurm, tracked, run_dir)
@@ -88,8 +86,7 @@ def test_zero3_requeued_by_the_controller(on_slurm, tracked, words, local, tmp_p
     run_dir = tmp_path / "run"
     keys = (*words, "engine=zero3", *NODES, "tracking=wandb")
     job = submit(on_slurm, tracked, run_dir, *keys)
-    trains(tracked, run_dir)
-    with tracked.held(tracked.nodes[1]):
+    with held(run_dir, tracked):
         tracked.ask("scontrol", "requeue", job)
         until(lambda: tracked.state(job) in ("PENDING", "COMPLETING"))
     finished(on_slurm, tracked, run_dir)
@@ -104,8 +101,7 @@ def test_a_killed_rank(on_slurm, tracked, words, tmp_path):
     run_dir = tmp_path / "run"
     job = submit(on_slurm, tracked, run_dir, *words, "engine=zero2", *NODES, "train.max_steps=5000")
     trains(tracked, run_dir)
-    (rank,) = tracked.ranks(tracked.nodes[1])
-    os.kill(rank, signal.SIGKILL)
+    os.kill(next(pid for pid, node in ranks(run_dir).items() if node == tracked.nodes[1]), signal.SIGKILL)
     until(lambda: tracked.state(job) == "FAILED", say=lambda: tracked.log(run_dir))
     last = tracked.log(run_dir).splitlines()[-1]
     assert f"rank 1 on {tracked.nodes[1]}: killed by signal 9" in last
@@ -119,10 +115,9 @@ def test_a_killed_node(on_slurm, clusters, words, local, tmp_path):
     three = clusters(NODES=3)
     run_dir = tmp_path / "run"
     job = submit(on_slurm, three, run_dir, *words, "engine=zero2", *NODES)
-    trains(three, run_dir)
-    first = three.first(job)
-    other = next(node for node in three.nodes if node != first and three.ranks(node))
-    three.script("kill", other)
+    with held(run_dir, three) as places:
+        other = next(node for node in places.values() if node != three.first(job))
+        three.script("kill", other)
     finished(on_slurm, three, run_dir)
     three.script("start", other)
     assert len(events(run_dir, "job")) == 2
@@ -135,11 +130,12 @@ def test_a_killed_first_node(on_slurm, clusters, words, local, tmp_path):
     three = clusters(NODES=3)
     run_dir = tmp_path / "run"
     job = submit(on_slurm, three, run_dir, *words, "engine=zero2", *NODES)
-    trains(three, run_dir)
-    first = three.first(job)
-    three.script("kill", first)
+    with held(run_dir, three):
+        first = three.first(job)
+        three.script("kill", first)
     finished(on_slurm, three, run_dir)
     three.script("start", first)
+    assert [start["restart"] for start in events(run_dir, "job")] == [0, 1]
     same(run_dir, local("full", "zero2"))
     until(lambda: three.ask("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() == "3")
 
@@ -148,22 +144,15 @@ def test_a_killed_daemon(on_slurm, clusters, words, local, tmp_path):
     """SLURM gives up on a node whose ranks live on: they find that the run is not theirs, and write nothing."""
     four = clusters(NODES=4)
     run_dir = tmp_path / "run"
-    job = submit(on_slurm, four, run_dir, *words, "engine=zero2", *NODES)
-    trains(four, run_dir)
-    nodes = [node for node in four.nodes if four.ranks(node)]
-    first = four.first(job)
-    old = four.ranks(first)
-    for pid in old:
-        os.kill(pid, signal.SIGSTOP)
-    for node in nodes:
-        four.script("lose", node)
-    until(lambda: len(events(run_dir, "job")) == 2, say=lambda: four.log(run_dir))
-    for pid in old:
-        os.kill(pid, signal.SIGCONT)  # beside the new ranks
+    submit(on_slurm, four, run_dir, *words, "engine=zero2", *NODES)
+    with held(run_dir, four) as old:  # the new ranks are others
+        for node in old.values():
+            four.script("lose", node)
+        until(lambda: ranks(run_dir).keys() - old.keys(), say=lambda: four.log(run_dir))
     finished(on_slurm, four, run_dir)
     same(run_dir, local("full", "zero2"))
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old))
-    for node in nodes:
+    for node in old.values():
         four.script("start", node)
 
 
@@ -172,12 +161,12 @@ def test_a_cut_network(on_slurm, clusters, words, local, tmp_path):
     three = clusters(NODES=3, SEPARATE="net")
     run_dir = tmp_path / "run"
     job = submit(on_slurm, three, run_dir, *words, "engine=zero2", *NODES, "cluster.interface=eth0")
-    trains(three, run_dir)
-    first = three.first(job)
-    other = next(node for node in three.nodes if node != first and three.ranks(node))
-    three.script("cut", other)
+    with held(run_dir, three) as places:
+        other = next(node for node in places.values() if node != three.first(job))
+        three.script("cut", other)
     finished(on_slurm, three, run_dir)
     three.script("heal", other)
+    assert [start["restart"] for start in events(run_dir, "job")] == [0, 1]
     same(run_dir, local("full", "zero2"))
 
 
@@ -236,8 +225,7 @@ def test_by_sbatch_itself(execute, cluster, words, local, tmp_path):
     assert done.status == 0, done
     until(lambda: any((tmp_path / "runs").glob("job-*")), say=lambda: (tmp_path / "log").read_text())
     (run_dir,) = (tmp_path / "runs").iterdir()
-    until(lambda: steps_done(run_dir) >= 5, say=lambda: (tmp_path / "log").read_text())
-    with cluster.held(cluster.nodes[1]):
+    with held(run_dir, cluster):
         cluster.ask("scancel", "--batch", "--signal=USR1", done.stdout.strip())
         until(lambda: (run_dir / "stop.json").exists())
     until(lambda: "run: " in (tmp_path / "log").read_text(), say=lambda: (tmp_path / "log").read_text())

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from nodes import events, rows, steps_done, until
+from nodes import events, held, rows, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
@@ -57,9 +57,7 @@ def test_a_member_that_is_requeued_goes_on(on_slurm, cluster, words, tmp_path):
     assert finished.status == 0 and finished.stdout.splitlines()[-1] == f"sweep: {sweep_dir}", finished
     first, second = sweep_dir / "00-0.001", sweep_dir / "01-0.01"
     job = json.loads((first / "job.json").read_text())["job"]
-    until(lambda: steps_done(first) >= 7, say=lambda: cluster.log(first))
-    node = cluster.ask("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
-    with cluster.held(node):
+    with held(first, cluster, steps=7, count=1):
         cluster.ask("scontrol", "requeue", job)
     states = {run: sweep_dir / "members" / f"{run.name}.json" for run in (first, second)}
 
