@@ -200,7 +200,9 @@ def words(prepared: Path) -> str:
         f"  too long          {r['overlong_dropped']:>12,}  {_list(r['overlong'])}",
         f"train               {r['train']:>12,}  {r['tokens']:,} tokens, {r['supervised_share']:.1%} trained on",
         f"validation          {r['validation']:>12,}  {r['validation_tokens']:,} tokens",
-        f"packed rows         {r['train_rows']:>12,}  of {r['max_length']:,} tokens, {r['fill']:.1%} full",
+        f"pairs               {r['train_rows']:>12,}  of two answers, {r['max_length']:,} tokens each at most"
+        if "preference" in r
+        else f"packed rows         {r['train_rows']:>12,}  of {r['max_length']:,} tokens, {r['fill']:.1%} full",
         f"tokens a sequence   {_list(r['token_lengths'])}",
         f"template            {r['template']['origin']}; mask {r['mask']}",
         f"scripts             {', '.join(f'{k} {v:.1%}' for k, v in list(r['scripts'].items())[:5])}",
