@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ftdist import align, loss
 from ftdist.align.losses import LOSSES, Objective, Pairs
 from ftdist.align.pairs import collate_pairs
-from ftdist.align.trainer import PreferenceTrainer
+from ftdist.align.reference import Reference
+from ftdist.align.trainer import PreferenceTrainer, without_dropout
 from ftdist.data.rows import IGNORED, PairRows
 from ftdist.errors import UserError
 
@@ -209,3 +210,42 @@ def test_how_the_reference_is_had():
         kind(TASK | {"reference": "adapter_off"}, False, False)
     with pytest.raises(UserError, match="goes on from an earlier run"):
         kind(TASK | {"reference": "adapter_off"}, True, True)
+
+
+def test_a_batch_of_fillers_alone_asks_for_no_columns(tiny, tmp_path):
+    """The last, short step of an epoch has them; cached log-probabilities come with rows, and here is none."""
+    batch = collate_pairs([FILLER, FILLER], 0)
+    assert "reference" not in batch
+    made = trainer_of(tiny, Objective([("sigmoid", 1.0)], 0.1, 0.0))
+    made.reference = Reference("cached", "", tmp_path, 1, None, is_start=True)
+    assert len(made._pairs(tiny, batch).chosen) == 0
+    total = made.compute_loss(tiny, batch, num_items_in_batch=torch.tensor([4, 9]))
+    total.backward()
+    assert float(total) == 0
+
+
+@pytest.mark.parametrize("name", ["OPT", "Bloom", "GPT2"])
+def test_dropout_is_off_however_an_architecture_calls_it(name):
+    import transformers
+
+    sizes = {
+        "OPT": {"ffn_dim": 16, "word_embed_proj_dim": 8, "activation_dropout": 0.3},
+        "Bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.3},
+        "GPT2": {},
+    }[name]
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32, **sizes
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    ids = torch.arange(8)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    without_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_certain_answers_have_finite_odds():
+    chosen = torch.tensor([-1e-9], requires_grad=True)
+    one = torch.ones(1)
+    pairs = Pairs(chosen, -5 * one, 0 * one, 0 * one, one, one)
+    Objective([("odds", 1.0)], 0.1, 0.0).of_pairs(pairs).sum().backward()
+    assert torch.isfinite(chosen.grad).all()
