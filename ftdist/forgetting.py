@@ -19,6 +19,7 @@ from ftdist.data.prepare import Part
 from ftdist.errors import UserError
 from ftdist.plan.states import Penalty
 from ftdist.schema import nearest
+from ftdist.spectrum import reader
 
 FOLDER = "fisher"  # in the run directory, and in the cache
 
@@ -135,7 +136,7 @@ def identity(files: Mapping[str, Mapping[str, Any]]) -> str:
 def begins(run_dir: Path) -> str | None:
     """The identity of the adapter that goes on in this run, if one does."""
     going_on = start.adapter(run_dir)
-    return identity(bases.fingerprint(str(going_on))["files"]) if going_on else None
+    return reader.digest(going_on / start.WEIGHTS) if going_on else None
 
 
 def refuse_another_model(path: str, model: str, model_path: str, adapter: str | None) -> None:
