@@ -218,7 +218,7 @@ class Job:
         folder.mkdir()
         (folder / "word").write_text(word, encoding="utf-8")
         gpus = self.cluster["gpus"]
-        port = PORTS[0] + int(self.number) % PORTS[1]
+        port = PORTS[0] + 16 * int(self.number) % PORTS[1]  # apart: whoever looks upwards is not where the next job is
         found: list[dict[str, Any]] = []
         other: list[str] = []
 
