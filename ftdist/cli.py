@@ -204,9 +204,12 @@ def _members(named: Path) -> list[Path]:
 def _runs(verb: str, argv: list[str]) -> list[Path]:
     if not argv:
         raise UserError(f"{verb}: which run? ftdist {verb} RUN")
+    from ftdist import follow
+
     for word in argv:
-        if word.startswith("-") or not Path(word).expanduser().is_dir():
-            raise UserError(f"{word}: no such run directory; ftdist {verb} RUN")
+        path = Path(word).expanduser()
+        if word.startswith("-") or not (follow.is_run(path) or (path / "sweep.yaml").is_file()):
+            raise UserError(f"{word}: no run directory; ftdist {verb} RUN")
     return [Path(word).expanduser().absolute() for word in argv]
 
 

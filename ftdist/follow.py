@@ -191,7 +191,8 @@ def _logs(run_dir: Path, follow: bool, rank: int | None) -> int:
     asked, pause, known = 0.0, 1.0, None
     while True:
         if follow and time.monotonic() - asked > pause:
-            known = state(run_dir, jobs_of([run_dir])[run_dir])["state"]
+            with contextlib.suppress(UserError):  # the controller does not answer for a while; the run goes on
+                known = state(run_dir, jobs_of([run_dir])[run_dir])["state"]
             asked, pause = time.monotonic(), min(pause * 1.5, ASK)
         if _print_news(run_dir, rank, watched):
             pause = 1.0

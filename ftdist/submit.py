@@ -17,13 +17,10 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
     """Submit a new run, or go on with the one in `run_dir` (resume=auto); wait for it if that is wanted."""
     refuse_active(run_dir)
     cluster = config["cluster"]
-    if cluster["test_only"]:
-        print(would_start(config, run_dir), flush=True)
-        return OK
-    if cluster["check"]:
-        would_start(config, run_dir)
     if config["resume"] == "auto" and resume.begun(run_dir, config):
         return again(run_dir, config)
+    if asked(config, run_dir):
+        return OK
     with rundir.claimed(run_dir) as token:
         if cluster["prepare"] == "job":
             rundir.write_json(run_dir / job.ASKED, config)
@@ -37,6 +34,8 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
 def again(run_dir: Path, config: dict[str, Any]) -> int:
     """A new job for a run that was stopped or killed."""
     refuse_active(run_dir)
+    if asked(config, run_dir):
+        return OK
     with lease.held(run_dir):
         done = (run_dir / "final").is_dir() and (
             not config["eval"]["samples"] or (run_dir / "eval" / "metrics.json").is_file()
@@ -49,6 +48,16 @@ def again(run_dir: Path, config: dict[str, Any]) -> int:
         return OK
     queue(run_dir, config["cluster"], prepare=False)
     return followed(run_dir, config["cluster"])
+
+
+def asked(config: dict[str, Any], run_dir: Path) -> bool:
+    """Ask SLURM whether the job could start, as far as that is wanted; whether nothing else is."""
+    if config["cluster"]["test_only"]:
+        print(would_start(config, run_dir), flush=True)
+        return True
+    if config["cluster"]["check"]:
+        would_start(config, run_dir)
+    return False
 
 
 def refuse_active(run_dir: Path) -> None:

@@ -23,6 +23,8 @@ from ftdist.sweep import directory, rank
 ARRAYS = "arrays"  # SWEEP/arrays/N.json: the members of an array, by index
 LOOK = 2.0  # seconds between two looks at a trial's evaluations
 POLL = 5.0  # seconds between two questions to SLURM
+SILENT = 600.0  # seconds without an answer until it is given up
+DEAD = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "CANCELLED")  # ends, of SLURM's words
 
 
 def check(configs: list[dict[str, Any]], sweep: dict[str, Any]) -> None:
@@ -116,9 +118,19 @@ def active(sweep_dir: Path) -> dict[str, slurm.Job]:
 def wait(sweep_dir: Path, ended: Callable[[str, directory.State], None]) -> str | None:
     """Until no job of the sweep is left. Ctrl-C leaves the jobs alone and gives its name."""
     told: set[str] = set()
+    answered = time.monotonic()
     try:
         while True:
-            left = active(sweep_dir)
+            try:
+                left = active(sweep_dir)
+            except UserError:
+                if time.monotonic() - answered > SILENT:
+                    raise
+                time.sleep(POLL)
+                continue
+            answered = time.monotonic()
+            if not left:
+                mark_dead(sweep_dir)
             for member in directory.members(sweep_dir):
                 state = directory.state(sweep_dir, member.name)
                 if state.state not in (directory.WAITING, directory.RUNNING) and member.name not in told:
@@ -130,6 +142,22 @@ def wait(sweep_dir: Path, ended: Callable[[str, directory.State], None]) -> str 
     except KeyboardInterrupt:
         print("\nthe jobs go on; ftdist stop ends them", flush=True)
         return "Ctrl-C"
+
+
+def mark_dead(sweep_dir: Path) -> None:
+    """Members whose job has ended without a word have failed."""
+    states = {member.name: directory.state(sweep_dir, member.name) for member in directory.members(sweep_dir)}
+    owners = {
+        name: state.owner
+        for name, state in states.items()
+        if state.state in (directory.WAITING, directory.RUNNING) and state.owner
+    }
+    known = slurm.jobs(list(owners.values()))
+    for name, owner in owners.items():
+        ended = known.get(owner)
+        if ended is not None and ended.state in DEAD:
+            reason = f"job {owner}: {ended.state} {ended.reason}".strip()
+            directory.mark(sweep_dir, name, state=directory.FAILED, status=FAILED, reason=reason)
 
 
 # --- in the jobs ----------------------------------------------------------------------------------

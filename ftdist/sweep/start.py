@@ -206,6 +206,14 @@ def stop(sweep_dir: Path) -> str:
         if (sweep_dir / name / follow.JOB).is_file():
             with contextlib.suppress(UserError):  # not active
                 done.append(f"{name}: {follow.stop(sweep_dir / name)}")
+    if (sweep_dir / "arrays").is_dir():
+        from ftdist import slurm
+        from ftdist.sweep import array
+
+        waiting = [number for number, one in array.active(sweep_dir).items() if one.state == "PENDING"]
+        if waiting:
+            slurm.cancel(waiting)
+            done.append(f"{len(waiting)} waiting jobs are out of the queue")
     if lease.living(sweep_dir) is not None:
         done.append("no other member starts, the running ones save; ftdist resume goes on")
     if not done:

@@ -454,3 +454,46 @@ def test_keys_of_a_sweep_need_a_sweep():
         compose.compose("train", ["-m", "seed=1,2", "run_dir=x"])
     with pytest.raises(UserError, match="no list"):
         compose.compose("train", ["-m", "sweep.parallel=1,2"])
+
+
+def test_a_member_whose_job_died_without_a_word_has_failed(tmp_path, monkeypatch):
+    """Those that still run, or have spoken, are left alone; a controller that is away for a moment ends nothing."""
+    from ftdist import slurm
+    from ftdist.sweep import array
+
+    names = ["0-dead", "1-running", "2-finished"]
+    directory.write(tmp_path, {"words": [], "sweep": {}}, [Member(name, []) for name in names], [{}] * 3)
+    for number, name in enumerate(names):
+        directory.mark(tmp_path, name, owner=f"7_{number}")
+    directory.ended(tmp_path, "2-finished", 0, None, 1.0)
+    states = {"7_0": "OUT_OF_MEMORY", "7_1": "RUNNING", "7_2": "FAILED"}
+    answers = iter([UserError("squeue does not answer"), {}])
+
+    def jobs(ids):
+        if len(ids) == 2:  # from mark_dead: what is not ended
+            return {number: slurm.Job(number, states[number], "", None, "") for number in ids}
+        raise AssertionError(ids)
+
+    def active(sweep_dir):
+        answer = next(answers)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(slurm, "jobs", jobs)
+    monkeypatch.setattr(array, "active", active)
+    monkeypatch.setattr(array, "POLL", 0.0)
+    assert array.wait(tmp_path, lambda name, state: None) is None
+    found = [directory.state(tmp_path, name) for name in names]
+    assert [one.state for one in found] == [directory.FAILED, directory.WAITING, directory.FINISHED]
+    assert found[0].reason == "job 7_0: OUT_OF_MEMORY" and found[0].status == 1
+
+
+def test_a_search_whose_trials_never_began_has_failed(tmp_path, monkeypatch, capsys):
+    from ftdist.sweep import start
+
+    directory.write(tmp_path, {}, [], [])
+    monkeypatch.setattr(rank, "results", lambda sweep_dir: [])
+    with pytest.raises(Failed, match="3 of 3 trials were never begun") as failure:
+        start._conclude(tmp_path, {"name": "search", "trials": 3, "objective": "eval_loss"}, None)
+    assert failure.value.status == 1
