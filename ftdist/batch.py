@@ -383,12 +383,11 @@ def from_words(words: list[str]) -> Path:
             raise UserError(
                 f"{key}: read by ftdist train when it submits; give it to sbatch, or write it into the script"
             )
-    configs = compose.compose("train", ["cluster=slurm", *words, *told])
-    if len(configs) != 1:
+    if {"-m", "--multirun", "--cfg"} & set(words):
         raise UserError(
             "slurm/train.sbatch: a job is one run; leave out -m and --cfg, or use ftdist train cluster=slurm"
         )
-    (config,) = configs
+    (config,) = compose.compose("train", ["cluster=slurm", *words, *told])
     job.check(config)
     stages.refuse(config)
     if config["run_dir"] is None:

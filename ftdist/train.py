@@ -20,6 +20,7 @@ from ftdist import cli, lease, rundir, stops
 from ftdist.errors import INTERRUPTED, OK, USAGE, UserError
 from ftdist.rundir import PRIVATE
 
+ONE = "a launcher runs one configuration: leave out -m and --cfg, or use ftdist train"
 WAIT = timedelta(days=1)  # for the data to be prepared: no collective is open, so nothing else times out
 
 
@@ -70,8 +71,10 @@ def main(argv: list[str]) -> int:
 
 def frozen(argv: list[str]) -> Path:
     """Global rank 0's part: a run directory with everything that the ranks read, for the engine of the launcher."""
-    from ftdist import compose, forecast, job, resume, stages
+    from ftdist import compose, forecast, job, resume
 
+    if {"-m", "--multirun"} & set(argv):
+        raise UserError(ONE)
     engine, deepspeed = _engine()
     section = _zero_section(deepspeed) if deepspeed else {}
     chosen = [word for word in argv if word.startswith("engine=")]
@@ -97,9 +100,8 @@ def frozen(argv: list[str]) -> Path:
                 )
     configs = compose.compose("train", [*words, *(f"{key}={value}" for key, value in given.items())])
     if len(configs) != 1:
-        raise UserError("a launcher runs one configuration: leave out -m and --cfg, or use ftdist train")
+        raise UserError(ONE)
     config = configs[0]
-    stages.refuse(config)
     if config["resume"] == "auto" and config["run_dir"] is None:
         raise UserError("resume=auto: go on with which run? set run_dir=DIR")
     if config["then"]:
