@@ -26,7 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ftdist import checkpoint, follow, launcher, lease, rundir, schema, slurm, stops
+from ftdist import checkpoint, follow, launcher, lease, rundir, schema, stops
+from ftdist import scheduler as slurm
 from ftdist.errors import FAILED, FENCED, OK, STOPPED, USAGE, Failed, UserError
 
 PORTS = 20000, 10000  # first port, and how many: below those that systems hand out by themselves

@@ -399,7 +399,8 @@ def _slurm() -> Iterator[Finding]:
 
 def cluster(words: list[str]) -> Finding:
     """Whether a configuration of `cluster` could be submitted (overrides, as for `ftdist train`)."""
-    from ftdist import compose, job, slurm, submit
+    from ftdist import compose, job, submit
+    from ftdist import scheduler as slurm
 
     try:
         (config,) = compose.compose("doctor", words)

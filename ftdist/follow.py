@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftdist import checkpoint, launcher, lease, rundir, slurm, stops
+from ftdist import checkpoint, launcher, lease, rundir, stops
+from ftdist import scheduler as slurm
 from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, Failed, UserError
 from ftdist.tracking import duration
 

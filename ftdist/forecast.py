@@ -14,7 +14,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from ftdist import forgetting, launcher, rundir, slurm, start
+from ftdist import forgetting, launcher, rundir, start
+from ftdist import scheduler as slurm
 from ftdist.errors import UserError
 from ftdist.plan.activations import family
 from ftdist.plan.hardware import Hardware, elsewhere, hardware

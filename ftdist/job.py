@@ -27,7 +27,6 @@ from ftdist import (
     report,
     rundir,
     schema,
-    slurm,
     start,
     stops,
     tracking,
@@ -35,6 +34,7 @@ from ftdist import (
 )
 from ftdist import base as bases
 from ftdist import evaluate as evaluation
+from ftdist import scheduler as slurm
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
 from ftdist.export import export

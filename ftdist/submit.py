@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ftdist import follow, job, lease, resume, rundir, schema, slurm
+from ftdist import follow, job, lease, resume, rundir, schema
+from ftdist import scheduler as slurm
 from ftdist.errors import OK, UserError
 
 PREPARE = "prepare.sbatch"

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ftdist import batch, follow, job, launcher, lease, resume, rundir, schema, slurm, stops, submit
+from ftdist import batch, follow, job, launcher, lease, resume, rundir, schema, stops, submit
+from ftdist import scheduler as slurm
 from ftdist.errors import FAILED, OK, USAGE, Failed, UserError
 from ftdist.sweep import directory, rank
 

@@ -207,7 +207,7 @@ def stop(sweep_dir: Path) -> str:
             with contextlib.suppress(UserError):  # not active
                 done.append(f"{name}: {follow.stop(sweep_dir / name)}")
     if (sweep_dir / "arrays").is_dir():
-        from ftdist import slurm
+        from ftdist import scheduler as slurm
         from ftdist.sweep import array
 
         waiting = [number for number, one in array.active(sweep_dir).items() if one.state == "PENDING"]

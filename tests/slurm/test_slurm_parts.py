@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from ftdist import batch, follow, preflight, rundir, slurm
+from ftdist import batch, follow, preflight, rundir
+from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.plan import hardware
 

@@ -458,7 +458,7 @@ def test_keys_of_a_sweep_need_a_sweep():
 
 def test_a_member_whose_job_died_without_a_word_has_failed(tmp_path, monkeypatch):
     """Those that still run, or have spoken, are left alone; a controller that is away for a moment ends nothing."""
-    from ftdist import slurm
+    from ftdist import scheduler as slurm
     from ftdist.sweep import array
 
     names = ["0-dead", "1-running", "2-finished"]
