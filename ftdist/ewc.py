@@ -163,7 +163,7 @@ class Drift:
             dist.all_reduce(adapters)
         return adapters
 
-    def pull(self, tensor: torch.Tensor, strength: float, scale: float) -> Any:  # noqa: ARG002
+    def pull(self, tensor: torch.Tensor, strength: float, scale: float) -> Any:  # noqa: ARG002  (the forms' shape)
         """Add what `begin` made to the tensor's gradient, times `scale`."""
         assert tensor.grad is not None
         gradient = tensor.grad.view(-1)
@@ -249,7 +249,7 @@ class Consolidation:
             self._pull(base, trainer.state.global_step + 1)
             return inner(*args, **kwargs)
 
-        base.step = pulled  # type: ignore[method-assign]
+        base.step = pulled  # type: ignore[method-assign]  # wrapped on purpose
 
     def _hold(self) -> None:
         self.form.fisher = [values.to(self.dtype) for values in self.form.fisher]

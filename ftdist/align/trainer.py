@@ -46,8 +46,8 @@ class Tally(TrainerCallback, ExportableState):
 class PreferenceTrainer(TokenTrainer):
     """Learns from PairRows what `objective` says, beside what `reference` knows."""
 
-    train_dataset: PairRows  # type: ignore[assignment]
-    eval_dataset: PairRows  # type: ignore[assignment]
+    train_dataset: PairRows  # type: ignore[assignment]  # narrower than Trainer's
+    eval_dataset: PairRows  # type: ignore[assignment]  # narrower than Trainer's
     objective: Objective
     reference: Reference
 

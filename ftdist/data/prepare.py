@@ -40,7 +40,7 @@ class Part(TypedDict):
     """One of several sources: `weight` is how often an epoch holds each of its rows (0.5: a fixed half of
     them)."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # type: ignore[misc]  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}  # type: ignore[misc]  # noqa: RUF012  (pydantic reads it)
     path: str
     name: NotRequired[str]
     weight: NotRequired[Annotated[float, Field(gt=0, le=100)]]
@@ -51,7 +51,7 @@ class Part(TypedDict):
 class General(TypedDict):
     """One of several sources of general data."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # type: ignore[misc]  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}  # type: ignore[misc]  # noqa: RUF012  (pydantic reads it)
     path: str
     name: NotRequired[str]
     format: NotRequired[Format]

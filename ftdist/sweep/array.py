@@ -190,7 +190,7 @@ def worker(sweep_dir: Path, array: str) -> int:
             continue
         told = {"job": _own_number(), "prepare": None, "submitted": time.time()}
         rundir.write_json(sweep_dir / name / follow.JOB, told)
-        trained(sweep_dir, name, lambda name=name: source.look(name))  # type: ignore[misc]
+        trained(sweep_dir, name, lambda name=name: source.look(name))  # type: ignore[misc]  # default binds it
         source.ended(name, directory.state(sweep_dir, name))
     return OK
 

@@ -102,7 +102,12 @@ def seen(run_dir: Path) -> list[str]:
 def order(values: dict[str, float | None], direction: str) -> list[str]:
     """Names, best first; those without a number last, as they came."""
     sign = 1.0 if direction == "minimize" else -1.0
-    return sorted(values, key=lambda name: math.inf if values[name] is None else sign * values[name])  # type: ignore[operator]
+
+    def key(name: str) -> float:
+        value = values[name]
+        return math.inf if value is None else sign * value
+
+    return sorted(values, key=key)
 
 
 def _is_number(value: Any) -> bool:
