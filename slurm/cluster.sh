@@ -17,6 +17,7 @@
 #   PORT=26817                             the first of NODES + 1 TCP ports
 #   NAME=node                              what nodes are called (node1, node2, …); another for a second cluster
 set -euo pipefail
+umask 022 # munged refuses a socket that not everybody reaches
 : "${CLUSTER:=/tmp/ftdist-slurm-$(id -u)}" "${NODES:=2}" "${CPUS:=8}" "${MEMORY:=16000}" "${GPUS:=0}" "${PORT:=26817}"
 : "${SEPARATE:=auto}" "${TRACK:=auto}" "${NAME:=node}"
 export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$CLUSTER/slurm.conf

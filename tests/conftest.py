@@ -49,6 +49,20 @@ class Finished:
             assert part in self.stderr, part
 
 
+def _process():
+    """What a test in this process must leave as it was: another test of the same worker meets it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1), Path.cwd()
+
+
+@pytest.fixture(autouse=True)
+def process():
+    before = _process()
+    yield
+    assert _process() == before
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     """A directory of this session alone, the same for all xdist workers."""

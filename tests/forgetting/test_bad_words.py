@@ -16,6 +16,7 @@ ON = ("forgetting=ewc", "forgetting.data=demo.jsonl", "engine=single")
 def refused(small, tmp_path, monkeypatch, capfd, environment):
     """`refused(words, *parts)`: one line that names the parts, exit status 2."""
     monkeypatch.setenv("FTDIST_CACHE", environment["FTDIST_CACHE"])
+    monkeypatch.setattr(cli, "private_and_stoppable", lambda: None)  # it is this process that calls
 
     def refused(words, *parts, verb="plan"):
         capfd.readouterr()
