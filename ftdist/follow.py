@@ -62,8 +62,8 @@ def state(run_dir: Path, jobs: dict[str, slurm.Job]) -> dict[str, Any]:
     word, detail = _word(run_dir, known, jobs)
     left = None
     pace = metrics.get("tokens_per_second")
-    if word == "running" and pace and step is not None and steps and plan.get("tokens_per_step"):
-        left = round((steps - step) * plan["tokens_per_step"] / pace)
+    if word == "running" and pace and step is not None and steps and plan.get("real_tokens_per_step"):
+        left = round((steps - step) * plan["real_tokens_per_step"] / pace)
     return {"run": str(run_dir), "state": word, "detail": detail, "step": step, "steps": steps, "seconds_left": left,
             "job": known.get("job")}  # fmt: skip
 

@@ -18,6 +18,7 @@ from ftdist import forgetting, launcher, rundir, start
 from ftdist import scheduler as slurm
 from ftdist.errors import UserError
 from ftdist.plan.activations import family
+from ftdist.plan.batch import Filling
 from ftdist.plan.hardware import Hardware, elsewhere, hardware
 from ftdist.plan.memory import Case, Memory, disk_bytes, need, standing, zero_sizes
 from ftdist.plan.shapes import Shapes, model_shapes
@@ -147,14 +148,27 @@ def _reference_bytes(config: dict[str, Any], held: tuple[Held, ...], facts: dict
     )
 
 
-def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[str, Any], steps: int | None) -> Plan:
-    """The plan's numbers of memory, disk, time and money. steps: of the whole run, if known."""
+def forecast(
+    config: dict[str, Any],
+    shapes: Shapes,
+    recipe: Recipe,
+    facts: dict[str, Any],
+    steps: int | None,
+    filled: Filling | None,
+) -> Plan:
+    """The plan's numbers of memory, disk, time and money.
+
+    steps: of the whole run, if known; filled: how long the rows are, if they are not packed and it is known.
+    """
     devices = target(config, facts["processes"] * facts["nodes"])
     case = case_of(config, shapes, recipe, facts, devices)
     if case.family is None:
         case = replace(case, traced=_traced(case, shapes, config["model"]["trust_remote_code"]))
     memory = need(case)
-    speed = step(case, devices, facts["tokens_per_step"])
+    tokens, length = float(facts["tokens_per_step"]), float(case.length)
+    if filled is not None:
+        tokens, length = tokens * min(filled.tokens / length, 1.0), min(filled.padded(case.batch), length)
+    speed = step(case, devices, tokens, length)
     made: Plan = {
         "device_peak_bytes": memory.device_peak,
         "band_bytes": memory.band,
@@ -163,9 +177,10 @@ def forecast(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict
         "disk_bytes": disk_bytes(
             case,
             memory.states,
-            None if steps is None else steps * facts["tokens_per_step"],
+            None if steps is None else int(steps * tokens),
             _kept(config["checkpoint"], config["stopping"]["restore_best"], steps),
         ),
+        "real_tokens_per_step": round(tokens),
         "tokens_per_second": speed.tokens_per_second,
         "seconds_per_step": speed.seconds,
         "step_bound_by": speed.bound,

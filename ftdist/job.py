@@ -39,6 +39,8 @@ from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, Failed, UserError
 from ftdist.export import export
 from ftdist.plan import Plan
+from ftdist.plan import examples as look
+from ftdist.plan.batch import Filling, batch_arithmetic, filling
 from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.spectrum import reader
@@ -160,21 +162,19 @@ def model_keys(
 
 def plan(
     config: dict[str, Any],
-    rows: int | None = None,
-    examples: int | None = None,
+    report: dict[str, Any] | None = None,
     measured: bool = False,
     shapes: Shapes | None = None,
+    filled: Filling | None = None,
     held_out_tokens: int = 0,
 ) -> Plan:
     """What would run, with the arithmetic. Loads no torch, no weights, no data; `config` was completed by `decide`.
 
-    rows: of the prepared training split, packed ones where packing is on; examples: before packing;
-    measured: the strategy has prepared what it needs; shapes: of the model, if they are known already (then nothing is
-    asked that was asked before); held_out_tokens: what an evaluation while training reads.
+    report: of the prepared data, if they are prepared; measured: the strategy has prepared what it needs;
+    shapes: of the model, if they are known already (then nothing is asked that was asked before), and with them
+    filled: how long rows are that are not packed; held_out_tokens: what an evaluation while training reads.
     """
-    from ftdist.plan import examples as look
     from ftdist.plan.advice import advice
-    from ftdist.plan.batch import batch_arithmetic
     from ftdist.plan.refuse import refuse
     from ftdist.plan.trainable import trainable_parameters
 
@@ -190,8 +190,6 @@ def plan(
             "data.format=preference, or task=sft"
         )
     asked = shapes is None
-    if examples is None and asked:
-        examples = look.count(config["data"]["path"])
     train, engine = config["train"], config["engine"]["name"]
     count = per_node(config["cluster"], here=False)
     available, kind = launcher.devices()
@@ -236,11 +234,18 @@ def plan(
         forgetting.refuse(config["forgetting"], config["task"]["name"], engine, recipe.peft, look=not measured)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
-    if rows is None and asked:
+    if report is not None:
+        rows, examples = report["train_rows"], report["train"]
+        filled = None if train["packing"] else filling(report)
+    else:
+        rows = examples = None
+    if report is None and asked:
+        examples = look.count(config["data"]["path"])
         held_out = 0.0 if config["data"]["validation"] else config["data"]["validation_share"]
         guess = look.estimated(config["data"]["path"], examples, train["max_length"], train["packing"], held_out)
         if guess is not None and config["data"]["replay_share"] is not None:
             guess = max(round(guess / (1 - config["data"]["replay_share"])), 1)
+        filled = _filled(config, examples)
     batch = batch_arithmetic(
         per_device_train_batch_size=train["per_device_train_batch_size"],
         gradient_accumulation_steps=train["gradient_accumulation_steps"],
@@ -305,7 +310,7 @@ def plan(
     if batch.total_steps is not None:
         made["total_steps"] = batch.total_steps
         made["steps_are_a_guess"] = guess is not None and train["max_steps"] <= 0
-    made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps)
+    made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps, filled)
     if config["model"]["dropout"]:
         made["notes"].append("model.dropout: what its masks take is not counted")
     if batch.total_steps is not None and held_out_tokens:
@@ -313,24 +318,36 @@ def plan(
         # a forward pass, of the three that training a token costs
         made["evaluation_seconds"] = made["evaluations"] * held_out_tokens / made["tokens_per_second"] / 3
     if asked and config["strategy"].get("top_percent") and recipe.trainable is not None and made["fits"] is not None:
-        made["largest_top_percent"] = forecast.largest_percent(config, _planner(shapes, rows, measured), {})
+        made["largest_top_percent"] = forecast.largest_percent(config, _planner(shapes, report, measured, filled), {})
     if asked and made["fits"] is False:
-        made["fixes"] = forecast.fixes(config, _planner(shapes, rows, measured),
+        made["fixes"] = forecast.fixes(config, _planner(shapes, report, measured, filled),
                                        count * config["cluster"]["nodes"])  # fmt: skip
     return made  # type: ignore[return-value]
 
 
 def _planner(
-    shapes: Shapes, rows: int | None = None, measured: bool = False
+    shapes: Shapes,
+    report: dict[str, Any] | None = None,
+    measured: bool = False,
+    filled: Filling | None = None,
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Plans other configurations of the same model and data, without their answers."""
-    return lambda config: dict(plan(config, rows=rows, measured=measured, shapes=shapes))
+    return lambda config: dict(plan(config, report=report, measured=measured, shapes=shapes, filled=filled))
+
+
+def _filled(config: dict[str, Any], examples: int | None) -> Filling | None:
+    """How long the rows seem to be, before they are prepared; None where they are packed, or nobody knows."""
+    if config["train"]["packing"]:
+        return None
+    sequences = 2 if config["task"]["name"] == "dpo" else 1
+    return look.filling(config["data"]["path"], examples, config["train"]["max_length"], sequences)
 
 
 def fitted(config: dict[str, Any]) -> dict[str, Any]:
     """The plan of the fastest configuration that fits with the same global batch, and its `overrides`."""
     world = per_node(config["cluster"], here=False) * config["cluster"]["nodes"]
-    found = forecast.fit(config, _planner(shapes_of(config["model"])), world)
+    filled = _filled(config, look.count(config["data"]["path"]))
+    found = forecast.fit(config, _planner(shapes_of(config["model"]), filled=filled), world)
     if found is None:
         raise UserError(f"--fit: nothing fits {world} of hardware={config['hardware']['name']} with this strategy and "
                         "global batch; ftdist plan without --fit lists what would")  # fmt: skip
@@ -340,7 +357,8 @@ def fitted(config: dict[str, Any]) -> dict[str, Any]:
 def scaling(config: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
     """How the run scales over numbers of devices."""
     world = per_node(config["cluster"], here=False) * config["cluster"]["nodes"]
-    return forecast.sizes(config, _planner(shapes_of(config["model"])), world, sizes)
+    filled = _filled(config, look.count(config["data"]["path"]))
+    return forecast.sizes(config, _planner(shapes_of(config["model"]), filled=filled), world, sizes)
 
 
 def decide(config: dict[str, Any]) -> None:
@@ -483,8 +501,7 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
     made = plan(
         config,
-        rows=report["train_rows"],
-        examples=report["train"],
+        report=report,
         measured=True,
         held_out_tokens=report["validation_tokens"] + evaluation.tokens_while_training(config, retention),
     )
@@ -552,7 +569,7 @@ def measured(run_dir: Path) -> None:
         found["host_peak_bytes_per_node"] = sum(rank["host_peak_bytes"] for rank in ranks) // plan["nodes"]
     if times:
         found["seconds_per_step"] = max(times)
-        found["tokens_per_second"] = plan["tokens_per_step"] / max(times)
+        found["tokens_per_second"] = plan["real_tokens_per_step"] / max(times)
     rundir.write_json(run_dir / "plan.json", {**plan, "measured": found})
 
 

@@ -108,7 +108,7 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
             )
         before["retention"] = evaluate.retention_data(config)
         evaluate.refuse_overlap(config["eval"], Path(before["prepared"]), config["model"], before["retention"])
-    made = job.plan(config, rows=report["train_rows"], examples=report["train"], measured=True)
+    made = job.plan(config, report=report, measured=True)
     job.write_engine(config, run_dir)
     rundir.write_json(run_dir / "plan.json", {**before, **made})
     rundir.write_yaml(run_dir / "config.yaml", config)

@@ -44,7 +44,8 @@ class Plan(_Always, total=False):
     host_phases: dict[str, dict[str, int]]  # the same of a node's host memory
     states: dict[str, int]  # the model states of a rank between two steps, exact
     hardware: dict[str, Any]
-    tokens_per_second: float
+    real_tokens_per_step: int  # about, without padding and room that is left
+    tokens_per_second: float  # real ones
     seconds_per_step: float
     step_bound_by: str
     mfu: float

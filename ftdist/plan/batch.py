@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "q99": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,41 @@ class Batch:
     steps_per_epoch: int | None  # None: the number of rows is not known yet
     total_steps: int | None
     arithmetic: list[str]  # lines that show where the numbers come from
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How much of the room of a sequence real tokens take, where rows are not packed."""
+
+    tokens: float  # of a sequence, mean
+    quantiles: tuple[tuple[float, float], ...]  # (share of the sequences, that are at most so long), rising
+
+    def padded(self, sequences: int) -> float:
+        """Mean length that a micro-batch of so many is padded to: of its longest, drawn at random."""
+        points = [((i + 0.5) / 100) ** (1 / sequences) for i in range(100)]
+        return sum(self._length(share) for share in points) / len(points)
+
+    def _length(self, share: float) -> float:
+        """Straight between two quantiles over −log(1 − share), as an exponential tail is."""
+        for (low, short), (high, long) in zip(self.quantiles, self.quantiles[1:], strict=False):
+            if share <= high:
+                low, high, at = (-math.log1p(-s) for s in (low, high, share))
+                return short + (long - short) * (at - low) / (high - low)
+        return self.quantiles[-1][1]
+
+
+def filling(report: Mapping[str, Any]) -> Filling:
+    """Of rows that are not packed, from `data_report.json`. A pair is two sequences that share a prompt."""
+    mean = report["tokens"] / report["train_sequences"]
+    sequence = mean
+    if "preference" in report:
+        answers = report["preference"]["chosen_tokens_mean"] + report["preference"]["rejected_tokens_mean"]
+        sequence = mean - answers / 2
+    last = 1 - 0.5 / report["train_sequences"]  # the longest one's share, short of all
+    lengths = report["token_lengths"]
+    return Filling(
+        sequence, tuple((min(share, last), lengths[name] * sequence / mean) for name, share in QUANTILES.items())
+    )
 
 
 def batch_arithmetic(

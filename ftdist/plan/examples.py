@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ftdist.plan.batch import Filling
+
 BYTES_PER_TOKEN = 4  # of English JSON with today's vocabularies; a rule of thumb, marked so wherever it is shown
 READ_WHOLE = 200 << 20  # bytes; a larger .json file is not parsed for a plan
 
@@ -37,12 +39,29 @@ def estimated(path: Any, examples: int | None, max_length: int, packing: bool, h
         return None
     rows = float(examples)
     if packing:
-        parts = path if isinstance(path, list) else [path]
-        files = [file for part in parts for file in _files(part["path"] if isinstance(part, dict) else str(part))]
-        if any(file.suffix.lower() not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv") for file in files):
-            return None  # packed in some way: its size says little
-        rows = sum(file.stat().st_size for file in files) / BYTES_PER_TOKEN / max_length
+        tokens = _tokens(path)
+        if tokens is None:
+            return None
+        rows = tokens / max_length
     return max(round(rows * (1 - held_out)), 1)
+
+
+def filling(path: Any, examples: int | None, max_length: int, sequences_per_row: int) -> Filling | None:
+    """Of rows that are not packed, all taken for equally long; a pair's text is a prompt and two answers, alike."""
+    tokens = _tokens(path)
+    if not examples or tokens is None:
+        return None
+    mean = min(tokens / examples * (1 if sequences_per_row == 1 else 2 / 3), max_length)
+    return Filling(mean, ((0.0, mean),))
+
+
+def _tokens(path: Any) -> float | None:
+    """About so many in plain files; None for others, whose size says little."""
+    parts = path if isinstance(path, list) else [path]
+    files = [file for part in parts for file in _files(part["path"] if isinstance(part, dict) else str(part))]
+    if any(file.suffix.lower() not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv") for file in files):
+        return None
+    return sum(file.stat().st_size for file in files) / BYTES_PER_TOKEN
 
 
 def _files(named: str) -> Iterable[Path]:

@@ -27,9 +27,12 @@ class Speed:
     bound: str
 
 
-def step(case: Case, hardware: Hardware, tokens_per_step: int) -> Speed:
-    """One optimizer step; what can overlap does, and the slower side counts."""
-    tokens = case.tokens * case.accumulation
+def step(case: Case, hardware: Hardware, tokens_per_step: float, length: float) -> Speed:
+    """One optimizer step; what can overlap does, and the slower side counts.
+
+    tokens_per_step: without padding, over all ranks; length: that a micro-batch is padded to.
+    """
+    tokens = case.batch * length * case.accumulation
     width = WIDTH[case.dtype]
     forward = inputs = weights = 0.0
     counted = 0
@@ -50,7 +53,7 @@ def step(case: Case, hardware: Hardware, tokens_per_step: int) -> Speed:
         weights += 2 * h.numel * share if h.trained else 0.0
         counted += int(h.numel * share)
     heads = case.family.heads * case.family.head_dim if case.family else case.hidden
-    attention = 4 * case.layers * heads * case.length  # scores and values of one token, the whole square
+    attention = 4 * case.layers * heads * length  # scores and values of one token, the whole square
     recomputed = forward + attention if case.checkpointing else 0.0
     again = forward + attention if case.reference in ("adapter_off", "copy") else 0.0  # the reference's own pass
     flops = tokens * (forward + attention + inputs + 2 * attention + weights + recomputed + again)

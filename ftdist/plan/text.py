@@ -66,8 +66,10 @@ def _forecast(plan: Plan) -> list[tuple[str, list[str]]]:
     if plan["checkpoint_bytes"]:
         disk.append(f"{gigabytes(plan['checkpoint_bytes'])} a checkpoint")
     band = "" if plan["time_calibrated"] else " (within a third: not calibrated on this machine)"
+    real, most = plan["real_tokens_per_step"], plan["tokens_per_step"]
+    room = f"{most:,} tokens" if real == most else f"about {real:,} tokens and their padding"
     time = [
-        f"{seconds(plan['seconds_per_step'])} a step, {plan['tokens_per_second']:,.0f} tokens/s, "
+        f"{seconds(plan['seconds_per_step'])} a step of {room}, {plan['tokens_per_second']:,.0f} tokens/s, "
         f"MFU {plan['mfu']:.0%}, bound by {plan['step_bound_by']}{band}"
     ]
     if "total_seconds" in plan:

@@ -1,9 +1,10 @@
 """The arithmetic is the trainer's; the advice and the text say what they should."""
 
+import numpy as np
 import pytest
 
 from ftdist.plan.advice import advice
-from ftdist.plan.batch import batch_arithmetic
+from ftdist.plan.batch import QUANTILES, batch_arithmetic, filling
 from ftdist.plan.text import render
 
 BATCH = {
@@ -70,6 +71,33 @@ def test_steps_are_those_of_the_trainer(rows, micro, accumulation, tmp_path):
         max_steps=-1,
     )
     assert (ours.steps_per_epoch, ours.total_steps) == (per_epoch, total)
+
+
+def report_of(lengths, **more):
+    points = np.percentile(lengths, [100 * share for share in QUANTILES.values()])
+    return {
+        "train_sequences": len(lengths),
+        "tokens": int(sum(lengths)),
+        "token_lengths": dict(zip(QUANTILES, points, strict=True)),
+        **more,
+    }
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 64])
+def test_rows_are_padded_to_the_longest_of_a_micro_batch(rows):
+    random = np.random.default_rng(1)
+    lengths = random.gamma(4.0, 40.0, 64_000).astype(int) + 1
+    filled = filling(report_of(lengths))
+    assert filled.tokens == pytest.approx(lengths.mean())
+    longest = random.permutation(lengths).reshape(-1, rows).max(axis=1).mean()
+    assert filled.padded(rows) == pytest.approx(longest, rel=0.06)
+
+
+def test_a_pair_is_two_sequences_of_one_prompt():
+    pairs = np.full(100, 10 + 20 + 40)  # prompt, chosen, rejected
+    means = {"chosen_tokens_mean": 20.0, "rejected_tokens_mean": 40.0}
+    filled = filling(report_of(pairs, preference=means))
+    assert filled.tokens == filled.padded(4) == 10 + 30
 
 
 def ask(**change):

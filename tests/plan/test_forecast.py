@@ -245,6 +245,20 @@ def test_a_token_goes_through_some_experts_of_an_unknown_class(config_directory)
     assert peak < plan["total_parameters"]  # all experts would make it six times as many
 
 
+def test_the_time_is_that_of_the_tokens_there_are(tmp_path):
+    """A row that is not packed costs its own tokens, not the room that it could take."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "a" * 480, "completion": "b" * 488}) + "\n" for _ in range(3200)))
+    words = ("experiment=llama31_8b_lora", "hardware=h100", f"data.path={rows}")
+    packed, loose = (planned(*words, f"train.packing={on}")[1] for on in ("true", "false"))
+    assert 0.9 < loose["real_tokens_per_step"] / loose["sequences_per_step"] / 256 < 1.1
+    assert packed["real_tokens_per_step"] == packed["tokens_per_step"]
+    assert 0.7 < packed["total_seconds"] / loose["total_seconds"] < 1.1
+    assert f"a step of about {loose['real_tokens_per_step']:,} tokens" in render(loose)
+    shorter = planned(*words, "train.packing=false", "train.max_length=128")[1]
+    assert shorter["real_tokens_per_step"] == shorter["tokens_per_step"]
+
+
 def test_tracing_is_within_its_band_of_the_closed_form():
     from ftdist.plan.activations import Setting, Trained, activations, family
     from ftdist.plan.trace import meta

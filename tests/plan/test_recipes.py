@@ -7,6 +7,7 @@ import pytest
 
 from ftdist import job
 from ftdist.compose import choices, compose
+from ftdist.plan.batch import QUANTILES
 from ftdist.plan.shapes import model_shapes
 
 TOTALS = {
@@ -64,7 +65,9 @@ def planned(name):
     """What `ftdist plan experiment=NAME` counts, on a machine with one device."""
     (config,) = compose("plan", [f"experiment={name}"])
     job.decide(config)
-    return job.plan(config, examples=10_000)
+    lengths = dict.fromkeys(QUANTILES, 500)
+    report = {"train_rows": 10_000, "train": 10_000, "train_sequences": 10_000, "tokens": 5_000_000}
+    return job.plan(config, report={**report, "token_lengths": lengths})
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -113,7 +113,7 @@ def words(run_dir, jobs):
 
 def test_words_for_what_a_run_does(tmp_path):
     (tmp_path / "config.yaml").touch()
-    rundir.write_json(tmp_path / "plan.json", {"total_steps": 100, "tokens_per_step": 50})
+    rundir.write_json(tmp_path / "plan.json", {"total_steps": 100, "real_tokens_per_step": 50})
     assert words(tmp_path, {})[0] == "killed"
     rundir.write_json(tmp_path / "job.json", {"job": "7", "prepare": None, "submitted": time.time()})
     assert words(tmp_path, job("PENDING", "Priority")) == ("queued", "Priority")
