@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -163,17 +166,38 @@ def stop(run_dir: Path) -> str:
     jobs = jobs_of([run_dir])[run_dir]
     now = state(run_dir, jobs)
     waiting = [job for job in jobs.values() if job.active]
-    if waiting and not any(job.state in ("RUNNING", "COMPLETING", "SUSPENDED") for job in waiting):
+    if waiting and not any(_begun(run_dir, job) for job in waiting):
         slurm.cancel([job.id for job in waiting])
         rundir.record(run_dir, None, "stopped", now["step"], reason=STOP)
         return f"job {waiting[0].id} is taken out of the queue"
     if now["state"] == "preparing" and waiting:
         slurm.cancel([job.id for job in waiting])
         return "its jobs are cancelled; nothing was trained yet"
-    if now["state"] in ("running", "starting", "preparing", "evaluating"):
+    if now["state"] not in ("running", "starting", "preparing", "evaluating"):
+        raise UserError(f"{run_dir}: not active ({now['state']}); nothing to stop")
+    holder = None if waiting or now["state"] == "running" else lease.living(run_dir)
+    if holder is None or holder.job is not None:
         stops.request(run_dir, STOP)
         return "asked to stop; it saves at the end of its step and goes on with `ftdist resume`"
-    raise UserError(f"{run_dir}: not active ({now['state']}); nothing to stop")
+    # A process that nobody has queued, and that reads no requests outside training.
+    if holder.host != socket.gethostname():
+        raise UserError(f"{run_dir}: {now['state']} on {holder.host}, another machine; there: kill -TERM {holder.pid}")
+    stops.request(run_dir, STOP)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(holder.pid, signal.SIGTERM)
+    return f"ended while {now['state']}"
+
+
+def _begun(run_dir: Path, job: slurm.Job) -> bool:
+    """Whether this start of a job has the run by now: before that it has nothing to save, and reads no request."""
+    if job.state not in ("RUNNING", "SUSPENDED"):
+        return job.state == "COMPLETING"
+    holder, known = lease.read(run_dir), slurm.show(job.id)
+    if not known:
+        return True
+    if holder is None or holder.released:
+        return False
+    return (holder.job, str(holder.restart)) == (known["JobId"], known["Restarts"])
 
 
 def logs(run_dir: Path, follow: bool, rank: int | None = None) -> int:

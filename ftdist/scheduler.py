@@ -9,15 +9,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from ftdist.errors import UserError
 
+Answer = TypeVar("Answer")
 SCRIPT = "job.sbatch"  # in a run directory
 # Words of SLURM for jobs that will still do something.
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
@@ -27,6 +29,29 @@ TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, 
 OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "mem", "time", "signal",
        "array", "partition", "requeue", "no-requeue", "output", "error", "open-mode")  # fmt: skip
 PATIENCE = 60  # seconds that a command of SLURM may take
+AWAY = r"(?i)unable to contact|unexpected message|timed out|connection (refused|reset|failure)|zero bytes"
+# A batch script keeps signals that come before the batch process listens: it asks for them (URG) as soon as it does.
+# Until then it is deaf to them; bash stays its parent, and passes on what comes later. Only its end ends the script.
+KEEPS = """signals='' batch=''
+keep() { signals="$signals $1"; kill "-$1" "$batch"; } 2>/dev/null
+tell() { for one in $signals; do kill "-$one" "$batch"; done; }
+trap 'keep USR1' USR1
+trap 'keep USR2' USR2
+trap 'keep TERM' TERM
+trap tell URG
+"""
+BEGINS = """set +e
+(trap '' USR1 USR2 TERM; export FTDIST_SHELL=$$; exec %s) &
+batch=$!
+while true; do
+  wait "$batch"; status=$?
+  kill -0 "$batch" 2>/dev/null || exit "$status"
+done
+"""
+
+
+class Away(UserError):
+    """SLURM does not answer now. What was asked of it may be right."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +179,7 @@ def in_job(
     *,
     interface: str | None,
     max_requeues: Annotated[int, Field(ge=0)],
+    preflight_seconds: Annotated[float, Field(gt=0)],
     local_disk: Annotated[float, Field(ge=0)],
     network_check: Annotated[int, Field(ge=0)],
 ) -> None:
@@ -206,12 +232,14 @@ def setup(*, modules: list[str], environment: dict[str, str | int | float], setu
 
 
 def script(options: Mapping[str, str | int | bool], lines: Iterable[str], command: Sequence[str]) -> str:
-    """A batch script: `#SBATCH` lines, safely quoted, shell lines, and a command that becomes the batch process.
+    """A batch script: `#SBATCH` lines, safely quoted, shell lines, and the command that is the batch process.
 
-    Signals that ask for an end are held off until that process listens to them. UserError for a value with a newline.
+    A line that fails ends the job, unless a signal that asks for an end has come meanwhile, which may be why: then the
+    batch process decides. UserError for a value with a newline.
     """
     head = [_sbatch_line(key, value) for key, value in options.items()]
-    return "\n".join(["#!/bin/bash", *head, "trap '' USR1 TERM", "set -e", *lines, f"exec {shlex.join(command)}", ""])
+    checked = [*("""trap 'status=$?; [ -n "$signals" ] || exit $status' ERR""", *lines, "trap - ERR")] if lines else []
+    return "\n".join(["#!/bin/bash", *head, KEEPS + "\n".join(checked), BEGINS % shlex.join(command)])
 
 
 def _sbatch_line(key: str, value: str | int | bool) -> str:
@@ -259,22 +287,42 @@ def _sbatch(words: list[str], cwd: Path | None) -> str:
 
 
 # What SLURM sets in a job, as opposed to what steers its commands.
-INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)|FTDIST_(STARTED|LEASE|GRACE)$"
+INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)|FTDIST_(STARTED|LEASE|GRACE|SHELL)$"
 
 
 def command(
     name: str, *words: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of SLURM's commands. UserError if it is not there, or does not answer."""
+    """Run one of SLURM's commands. UserError if it is not there; Away if it, or the controller, does not answer."""
     program = shutil.which(name)
     if program is None:
         raise UserError(f"cluster=slurm: no {name} here; start this on a machine that can submit jobs")
     try:
-        return subprocess.run(
+        done = subprocess.run(
             [program, *words], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment, cwd=cwd
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"cluster=slurm: {name} does not answer within {PATIENCE} s; is the controller up?")
+        raise Away(f"cluster=slurm: {name} does not answer within {PATIENCE} s; is the controller up?")
+    if done.returncode != 0 and re.search(AWAY, done.stderr):
+        said = " ".join(done.stderr.split())
+        raise Away(f"cluster=slurm: {name}: {said[:200]}; is the controller up?")
+    return done
+
+
+def patiently(ask: Callable[[], Answer], seconds: float) -> Answer:
+    """What SLURM answers, asked again while it is away. Away after so many seconds."""
+    until, pause, told = time.monotonic() + seconds, 1.0, False
+    while True:
+        try:
+            return ask()
+        except Away as away:
+            if time.monotonic() + pause > until:
+                raise
+            if not told:
+                print(f"{away} Asking again for {seconds:.0f} s", flush=True)
+                told = True
+        time.sleep(pause)
+        pause = min(2 * pause, 30.0)
 
 
 def jobs(ids: Sequence[str]) -> dict[str, Job]:
@@ -341,22 +389,22 @@ def cancel(ids: Sequence[str]) -> None:
 
 def requeue(job: str) -> str:
     """Back into the queue, under the same number; ends the calling job. What was wrong, if it was refused."""
-    try:
-        done = command("scontrol", "requeue", job)
-    except UserError as failure:
-        return str(failure)
+    done = command("scontrol", "requeue", job)
     return "" if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
 
 
 def hosts(nodes: str) -> list[str]:
     """`node[1-3]` → the names."""
-    return command("scontrol", "show", "hostnames", nodes).stdout.split()
+    done = command("scontrol", "show", "hostnames", nodes)
+    if done.returncode != 0:
+        raise UserError(f"cluster=slurm: scontrol show hostnames {nodes}: {' '.join(done.stderr.split())}")
+    return done.stdout.split()
 
 
 def address(node: str) -> str:
     """Where SLURM itself reaches a node: its NodeAddr, which may differ from its name and from its host name."""
     found = re.search(r"\bNodeAddr=(\S+)", command("scontrol", "show", "node", "--oneliner", node).stdout)
-    return found[1] if found else node
+    return found[1].strip("[]") if found else node
 
 
 @functools.cache

@@ -1,15 +1,25 @@
 """What surrounds a job, without a SLURM: times, names of GPUs, checks of nodes, words for states."""
 
+import itertools
 import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+import yaml
+from nodes import until
 
-from ftdist import batch, follow, preflight, rundir
+from ftdist import batch, follow, launcher, lease, preflight, rundir, stops
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.plan import hardware
 
+REPOSITORY = Path(__file__).parents[2]
 VALUES = {"name": "auto", "match": None, "memory": None, "capability": None, "price_per_hour": 2.0}
 
 
@@ -49,7 +59,7 @@ def test_memory_that_is_none():
 
 def test_a_script_is_of_whole_lines():
     text = slurm.script({"comment": "a 'b' $HOME", "requeue": True}, ["export A=1"], ["python", "x y"])
-    assert "#SBATCH --requeue\n" in text and text.endswith("exec python 'x y'\n")
+    assert "#SBATCH --requeue\n" in text and "exec python 'x y')" in text
     for value in ("a\nb", "a\rb", "a\x00"):
         with pytest.raises(UserError, match="comment="):
             slurm.script({"comment": value}, [], ["true"])
@@ -137,3 +147,213 @@ def test_options_that_the_plan_would_not_know_of(key):
     with pytest.raises(UserError, match=rf"cluster\.sbatch\.{key}=2: .*use the key of `cluster`"):
         slurm.refuse_own({"nice": 100, key: 2})
     slurm.refuse_own({"nice": 100})
+
+
+# --- a job's own process ---------------------------------------------------------------------------
+
+LISTENS = """
+import pathlib, sys, time
+from ftdist import batch
+here = pathlib.Path(sys.argv[1])
+(here / "up").touch()
+while not (here / "go").exists(): time.sleep(0.01)
+batch.listen()
+while not batch._signals: time.sleep(0.01)
+print(*batch._signals, flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("signal_first", "lines"), [(False, []), (True, ["kill -TERM $$", "false"])])
+def test_a_signal_that_comes_too_early(signal_first, lines, tmp_path):
+    """Before the batch process listens, or while the lines before it run, one of which it may have broken."""
+    text = slurm.script({}, lines, [sys.executable, "-c", LISTENS, str(tmp_path)])
+    script = subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until((tmp_path / "up").exists)
+    if not signal_first:
+        script.send_signal(signal.SIGUSR1)  # bash has told nobody yet when the process begins to listen
+    (tmp_path / "go").touch()
+    said, _ = script.communicate(timeout=60)
+    assert script.returncode == 7 and said.split()[0] == ("SIGTERM" if signal_first else "SIGUSR1"), said
+
+
+def test_a_line_that_fails_ends_the_job():
+    text = slurm.script({}, ["false", "echo on"], ["echo", "began"])
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    text = slurm.script({}, ["true"], ["bash", "-c", "echo began; exit 93"])
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (93, "began\n")
+
+
+def test_train_sbatch_is_such_a_script():
+    text = (REPOSITORY / "slurm" / "train.sbatch").read_text()
+    assert slurm.KEEPS in text and text.endswith(slurm.BEGINS % 'python3 -m ftdist.batch words "$@"')
+
+
+@pytest.fixture
+def in_a_job(tmp_path, monkeypatch):
+    """A job of one node whose SLURM answers nothing; the batch process' part of it."""
+    monkeypatch.setattr(slurm, "hosts", lambda nodes: [nodes])
+    monkeypatch.setattr(slurm, "left", lambda number: None)
+    monkeypatch.setattr(slurm, "address", lambda node: node)
+    monkeypatch.setattr(slurm, "binds", lambda: False)
+    monkeypatch.setattr(batch, "_signals", [])
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    for name, value in {"SLURM_JOB_NODELIST": "node1", "FTDIST_LEASE": "", "FTDIST_GRACE": ""}.items():
+        monkeypatch.setenv(name, value)
+    token = lease.take(tmp_path).token
+    cluster = yaml.safe_load((REPOSITORY / "conf" / "cluster" / "slurm.yaml").read_text())
+    config = {"cluster": cluster | {"processes": 1, "gpus": 0}, "health": {"grace_seconds": 1}}
+    job = batch.Job(tmp_path, config, "7", token)
+    monkeypatch.setattr(job, "preflight", lambda: ("node1", 20000))
+    return job
+
+
+def says(job, message, status=1):
+    rank = {"rank": 0, "time": time.time(), "message": message, "status": status, "log": "", "lease": str(job.token)}
+    rundir.write_json(job.run_dir / "logs" / "rank-0.error.json", rank)
+    return status
+
+
+def torch_s_words():
+    import torch.distributed as dist
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        try:
+            dist.TCPStore("127.0.0.1", other.getsockname()[1], 2, is_master=True)
+        except dist.DistNetworkError as failure:
+            return f"DistNetworkError: {failure}"
+
+
+def test_a_port_that_is_taken_meanwhile(in_a_job, monkeypatch, capsys):
+    """Another one, and not for ever; any other failure is not the port's."""
+    words, starts = torch_s_words(), []
+
+    def ranks(command, **_):
+        starts.append(command)
+        if len(starts) < 3:
+            return says(in_a_job, words)
+        rundir.write_json(in_a_job.run_dir / "outcome.json", {"status": 0})
+        return 0
+
+    monkeypatch.setattr(in_a_job, "follow", ranks)
+    in_a_job.start()
+    assert len(starts) == 3
+    assert capsys.readouterr().out.count("the port was taken meanwhile") == 2
+    starts.clear()
+    monkeypatch.setattr(in_a_job, "follow", lambda command, **_: starts.append(command) or says(in_a_job, words))
+    with pytest.raises(Failed, match="EADDRINUSE"):
+        in_a_job.start()
+    assert len(starts) == batch.ATTEMPTS
+    starts.clear()
+    monkeypatch.setattr(in_a_job, "follow", lambda command, **_: starts.append(command) or says(in_a_job, "a bug"))
+    with pytest.raises(Failed, match="a bug"):
+        in_a_job.start()
+    assert len(starts) == 1
+
+
+# --- a controller that is away ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """A configuration of SLURM whose controller is not there."""
+    if shutil.which("scontrol") is None:
+        pytest.skip("no SLURM here")
+    (tmp_path / "slurm.conf").write_text(
+        "ClusterName=none\nSlurmctldHost=here(127.0.0.1)\nSlurmctldPort=1\nAuthType=auth/none\nMessageTimeout=2\n"
+        "NodeName=node1 NodeAddr=127.0.0.1\nPartitionName=main Nodes=node1\n"
+    )
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+
+
+def test_the_words_of_a_controller_that_is_away(nobody):
+    with pytest.raises(slurm.Away):
+        slurm.requeue("7")
+    with pytest.raises(slurm.Away, match="is the controller up"):
+        slurm.node_state("node1")
+
+
+def away(*_):
+    raise slurm.Away("away")
+
+
+def test_a_rank_s_error_while_nobody_answers(in_a_job, monkeypatch):
+    """It is the job's last word, with its own status: what is asked about nodes afterwards hides nothing."""
+    monkeypatch.setattr(slurm, "command", away)
+    monkeypatch.setattr(slurm, "PATIENCE", 0)
+    failure = Failed("rank 0: a bug", 1)
+    assert in_a_job.verdict(failure) == (failure, None)
+    in_a_job.ended(failure)
+    assert launcher.outcome_of(in_a_job.run_dir)["reason"] == "rank 0: a bug"
+
+
+def test_a_requeue_waits_for_the_controller(tmp_path, monkeypatch, capsys):
+    """As long as the job has time, then the last line says what to do."""
+    asked = []
+
+    def at_last(*_):
+        asked.append(1)
+        return subprocess.CompletedProcess([], 0, "", "") if len(asked) > 4 else away()
+
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(slurm, "command", at_last)
+    assert batch.requeue(tmp_path, "7", "time limit", 200.0) == 75 and len(asked) == 5
+    said = capsys.readouterr()
+    assert said.out.count("away") == 1 and not said.err
+    monkeypatch.setattr(slurm, "command", away)
+    assert batch.requeue(tmp_path, "7", "time limit", 200.0) == 75
+    assert f"not requeued (away); go on with: ftdist resume {tmp_path}" in capsys.readouterr().err
+
+
+# --- ftdist stop -----------------------------------------------------------------------------------
+
+HOLDS = "import pathlib, signal, sys; from ftdist import lease; lease.take(pathlib.Path(sys.argv[1])); signal.pause()"
+
+
+@pytest.mark.parametrize(("files", "word"), [([rundir.CLAIM], "preparing"), (["config.yaml", "final/x"], "evaluating")])
+def test_stopping_what_reads_no_requests(files, word, tmp_path):
+    """A run of this machine that prepares or evaluates: its process is told."""
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)])
+    try:
+        until((tmp_path / "lease.json").exists)
+        assert follow.stop(tmp_path) == f"ended while {word}"
+        assert process.wait(60) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_request_outlives_the_beginning_of_the_start_that_it_was_made_to(tmp_path):
+    stops.request(tmp_path, "of an earlier start")
+    token = lease.take(tmp_path).token
+    assert stops.requested(tmp_path) is None
+    stops.request(tmp_path, "mine")
+    rundir.forget_last_start(tmp_path)  # what the ranks' start does
+    assert stops.requested(tmp_path) == "mine"
+    lease.release(tmp_path, token)
+
+
+def test_a_job_that_has_not_begun_is_cancelled(tmp_path, monkeypatch):
+    """SLURM says RUNNING, and its batch process has not taken the run yet: it would not see a request."""
+    (tmp_path / "config.yaml").touch()
+    rundir.write_json(tmp_path / "job.json", {"job": "7", "prepare": None, "submitted": time.time()})
+    cancelled = []
+    monkeypatch.setattr(follow.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm, "jobs", lambda ids: job("RUNNING"))
+    monkeypatch.setattr(slurm, "cancel", cancelled.extend)
+    known = {"JobId": "7", "Restarts": "1"}
+    monkeypatch.setattr(slurm, "show", lambda number: known)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    lease.take(tmp_path)  # by the start before this one
+    assert "out of the queue" in follow.stop(tmp_path) and cancelled == ["7"]
+    known["Restarts"] = "0"
+    assert "asked to stop" in follow.stop(tmp_path) and cancelled == ["7"]
+    assert stops.requested(tmp_path) == follow.STOP
