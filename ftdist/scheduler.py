@@ -28,6 +28,7 @@ TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, 
 # Options that keys of `cluster` stand for, and the log that `ftdist logs` reads.
 OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "mem", "time", "signal",
        "array", "partition", "requeue", "no-requeue", "output", "error", "open-mode")  # fmt: skip
+SLICE = re.compile(r"(?<![0-9])(\d)g\.(\d+)gb", re.I)  # of a GPU (MIG), in SLURM's names: 1g.10gb, a100_3g.20gb
 PATIENCE = 60  # seconds that a command of SLURM may take
 AWAY = r"(?i)unable to contact|unexpected message|timed out|connection (refused|reset|failure)|zero bytes"
 # A batch script keeps signals that come before the batch process listens: it asks for them (URG) as soon as it does.
@@ -138,7 +139,9 @@ def resolved(
     processes: int | str,
     oversubscribe: bool,
     partition: str | None,
+    constraint: str | None,
     gpus: int | str,
+    gpu_type: str | None,
     cpu: bool,
     known: bool,
 ) -> dict[str, int]:
@@ -153,12 +156,18 @@ def resolved(
         elif processes != "auto" and known:
             count = processes
         else:
-            there = partition_gpus(partition)[0]
+            there, kind = chosen_gpus(partition, constraint, gpu_type)
+            there = min(there, 1) if SLICE.search(kind or "") else there
             count = there if processes == "auto" else min(int(processes), there)
     wanted = max(int(count), 1) if processes == "auto" else int(processes)
     if int(count) and wanted > int(count) and not oversubscribe:
         raise UserError(f"cluster.processes={wanted}: {count} GPUs on a node are asked for or there; use at most "
                         f"cluster.processes={count}, or cluster.oversubscribe=true")  # fmt: skip
+    if gpu_type is None and int(count) and shutil.which("sinfo"):
+        gpu_type = chosen_gpus(partition, constraint, gpu_type)[1]
+    if SLICE.search(gpu_type or "") and max(int(count), wanted) > 1:
+        raise UserError(f"cluster.gpus={count} cluster.processes={wanted}: {gpu_type} is a slice of a GPU (MIG); a job "
+                        "can use one: NCCL joins none of them; use cluster.gpus=1")  # fmt: skip
     return {"gpus": int(count), "processes": wanted}
 
 
@@ -408,23 +417,58 @@ def address(node: str) -> str:
 
 
 @functools.cache
-def partition_gpus(partition: str | None) -> tuple[int, str | None]:
-    """(GPUs of a node, their type) in a partition, or in the default one: the least that any of its nodes has.
+def partition_gpus(partition: str | None, constraint: str | None = None) -> dict[str, int]:
+    """Kind of GPU → how many of it a node of a partition, or of the default one, has at least, where it has some.
 
-    UserError if there is no such partition, or no SLURM to ask.
+    Kinds are SLURM's names for them, `` where it names none. constraint: nodes with these features alone, as far as it
+    is names with `&` and `|`. UserError if there is no such partition, or no SLURM to ask.
     """
-    done = command("sinfo", "--noheader", "--format=%P|%G", *((f"--partition={partition}",) if partition else ()))
-    rows = [line.split("|", 1) for line in done.stdout.splitlines() if "|" in line]
+    done = command("sinfo", "--noheader", "--format=%P|%f|%G", *((f"--partition={partition}",) if partition else ()))
+    rows = [line.split("|", 2) for line in done.stdout.splitlines() if line.count("|") > 1]
     if partition is None:
         rows = [row for row in rows if row[0].strip().endswith("*")] or rows
     if done.returncode != 0 or not rows:
         known = sorted(set(command("sinfo", "--noheader", "--format=%R").stdout.split()))
         raise UserError(f"cluster.partition={partition}: no such partition; known: {', '.join(known) or 'none'}")
-    found = []
-    for _, gres in rows:
-        gpus = re.findall(r"\bgpu(?::([A-Za-z][\w.-]*))?:(\d+)", gres)
-        found.append((sum(int(count) for _, count in gpus), gpus[0][0].lower() or None if gpus else None))
-    return min(found, key=lambda one: one[0])
+    least: dict[str, int] = {}
+    for _, features, gres in rows:
+        if constraint is not None and not _meets(set(features.split(",")), constraint):
+            continue
+        here: dict[str, int] = {}
+        for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+            name, *words = part.strip().split(":")
+            count = int(words.pop()) if words and words[-1].isdigit() else 1
+            if name == "gpu":
+                here[":".join(words)] = here.get(":".join(words), 0) + count
+        for known_kind, number in here.items():
+            least[known_kind] = min(number, least.get(known_kind, number))
+    return least
+
+
+def _meets(features: set[str], constraint: str) -> bool:
+    """Whether a node fits; one fits a constraint with brackets or numbers, which only SLURM can read."""
+    if not re.fullmatch(r"[\w.&|-]+", constraint):
+        return True
+    return any(set(together.split("&")) <= features for together in constraint.split("|"))
+
+
+def chosen_gpus(partition: str | None, constraint: str | None, gpu_type: str | None) -> tuple[int, str | None]:
+    """(GPUs of a node, their kind) that a job would get; (0, None) where there are none.
+
+    UserError where nodes have several kinds and none is chosen, or where none has the chosen one.
+    """
+    there = partition_gpus(partition, constraint)
+    names = ", ".join(f"{kind or 'without a name'} ({count} on a node)" for kind, count in sorted(there.items()))
+    where = f"cluster.partition={partition}" if partition else "the default partition"
+    if gpu_type is not None:
+        found = next((kind for kind in there if kind.lower() == gpu_type.lower()), None)
+        if found is None:
+            raise UserError(f"cluster.gpu_type={gpu_type}: {where} has {names or 'no GPUs'}")
+        return there[found], found
+    if len(there) > 1:
+        raise UserError(f"{where} has several kinds of GPU: {names}; say which: "
+                        f"cluster.gpu_type={next(kind for kind in sorted(there) if kind)}")  # fmt: skip
+    return next(((count, kind or None) for kind, count in there.items()), (0, None))
 
 
 def seconds(text: str) -> int | None:

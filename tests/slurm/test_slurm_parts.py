@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import yaml
 from nodes import until
 
-from ftdist import batch, follow, launcher, lease, preflight, rundir, stops
+from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.plan import hardware
@@ -357,3 +359,106 @@ def test_a_job_that_has_not_begun_is_cancelled(tmp_path, monkeypatch):
     known["Restarts"] = "0"
     assert "asked to stop" in follow.stop(tmp_path) and cancelled == ["7"]
     assert stops.requested(tmp_path) == follow.STOP
+
+
+# --- GPUs of a partition ---------------------------------------------------------------------------
+
+MIXED = "gpu*|intel,a100|gpu:A100:4(S:0-1)\ngpu*|amd,h100|gpu:h100:8,shard:h100:32\ngpu*|amd,h100|gpu:h100:4\n"
+
+
+@pytest.fixture
+def sinfo(monkeypatch):
+    """`sinfo(rows)`: what SLURM says of every partition."""
+
+    def sinfo(rows):
+        slurm.partition_gpus.cache_clear()
+        monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+        monkeypatch.setattr(slurm, "command", lambda *words, **_: subprocess.CompletedProcess(words, 0, rows, ""))
+
+    yield sinfo
+    slurm.partition_gpus.cache_clear()
+
+
+def node(**keys):
+    given = {"processes": "auto", "oversubscribe": False, "partition": "gpu", "constraint": None, "gpus": "auto"}
+    found = slurm.resolved(**given | {"gpu_type": None, "cpu": False, "known": False} | keys)
+    return found["gpus"], found["processes"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "least"),
+    [
+        (MIXED, {"A100": 4, "h100": 4}),
+        ("gpu*|x|gpu:4\ngpu*|x|gpu:2(S:0)\n", {"": 2}),
+        ("cpu*|x|(null)\ncpu*|x|gpu:a100\n", {"a100": 1}),
+        ("gpu*|x|gpu:1g.10gb:7,gpu:a100_3g.20gb:2\n", {"1g.10gb": 7, "a100_3g.20gb": 2}),
+        ("cpu*|x|(null)\ncpu*|x|craynetwork:4\n", {}),
+    ],
+)
+def test_kinds_of_gpu(sinfo, rows, least):
+    sinfo(rows)
+    assert slurm.partition_gpus("gpu") == least
+
+
+def test_a_partition_of_several_kinds(sinfo):
+    """The plan has to know which: it is told, or refuses with what there is."""
+    sinfo(MIXED)
+    for keys in ({}, {"gpus": 4}, {"gpus": 4, "processes": 4, "known": True}):
+        with pytest.raises(UserError, match=r"partition=gpu has several .*A100 \(4 on a node\), h100 \(4 on a node\)"):
+            node(**keys)
+    assert node(gpu_type="a100") == (4, 4) and node(constraint="h100&amd") == (4, 4)
+    assert node(constraint="intel|ib") == (4, 4) and node(gpus=0, cpu=True) == (0, 1)
+    with pytest.raises(UserError, match=r"cluster.gpu_type=v100: .*A100 \(4 on a node\)"):
+        node(gpu_type="v100")
+    sinfo("gpu*|x|gpu:8\ngpu*|x|(null)\n")
+    assert node() == (8, 8) and node(processes=2) == (2, 2)
+
+
+def test_a_slice_of_a_gpu(sinfo):
+    """One of it, and its own memory, whatever the card has."""
+    sinfo("mig*|x|gpu:a100_1g.5gb:7\n")
+    assert node() == (1, 1)
+    with pytest.raises(UserError, match="a100_1g.5gb is a slice of a GPU"):
+        node(gpus=2)
+    whole = hardware.elsewhere(VALUES | {"bf16_flops": None, "fp32_flops": None, "bandwidth": None}, "a100_1g.5gb")
+    part = hardware.sliced(whole, 1, 5)
+    assert part["name"] == "a100" and part["memory"] == 5e9 and part["bf16_flops"] == whole["bf16_flops"] / 7
+    cluster = {"gpus": 1, "gpu_type": "3g.40gb", "partition": None, "constraint": None, "memory": None}
+    named = forecast._in_queue({**whole, "host_memory": None, "name": "a100"}, cluster)
+    assert named["memory"] == 40e9
+
+
+# --- IPv6 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1")])
+def test_ports_that_somebody_has(family, address):
+    """Of either kind: torch listens at both."""
+    try:
+        other = socket.create_server((address, 0), family=family)
+    except OSError:
+        pytest.skip(f"no {address} here")
+    with other:
+        port = other.getsockname()[1]
+        assert not preflight._free(port)
+    assert preflight._free(port)
+
+
+def test_ranks_that_meet_over_ipv6(tmp_path):
+    """In a network that has nothing else."""
+    alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && ip addr del 127.0.0.1/8 dev lo && exec "$@"', "sh"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no network of its own to be had")
+    ranks = """
+        import os, pathlib, sys
+        rank = 0 if os.fork() else 1
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        from ftdist import preflight
+        status = preflight.as_rank(pathlib.Path(sys.argv[1]), 0.0)
+        sys.exit(status or (os.waitstatus_to_exitcode(os.wait()[1]) if rank == 0 else 0))
+    """
+    (tmp_path / "logs").mkdir()
+    place = {"MASTER_ADDR": "::1", "MASTER_PORT": "20001", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*alone, sys.executable, "-c", textwrap.dedent(ranks), str(tmp_path)], capture_output=True,
+                          text=True, env=os.environ | place, timeout=120)  # fmt: skip
+    assert done.returncode == 0 and "GB/s a rank" in done.stdout, done
