@@ -199,7 +199,7 @@ class Job:
             if (self.run_dir / "final").is_dir():
                 print("nothing to train: the run is finished", flush=True)
                 if not (self.run_dir / "eval" / "metrics.json").is_file():
-                    self.evaluate()
+                    job.conclude(self.run_dir, self.token, self.evaluate)
             else:
                 job.launch(self.run_dir, self.token, self.start, self.evaluate)
         except Failed as failure:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from nodes import until
+from nodes import SCRIPT, until
 
 from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
+from ftdist.job import conclude
 from ftdist.plan import hardware
 
 REPOSITORY = Path(__file__).parents[2]
@@ -462,3 +464,73 @@ def test_ranks_that_meet_over_ipv6(tmp_path):
     done = subprocess.run([*alone, sys.executable, "-c", textwrap.dedent(ranks), str(tmp_path)], capture_output=True,
                           text=True, env=os.environ | place, timeout=120)  # fmt: skip
     assert done.returncode == 0 and "GB/s a rank" in done.stdout, done
+
+
+# --- ftdist logs, and what is left behind ----------------------------------------------------------
+
+
+def test_a_local_run_s_logs_are_in_the_order_of_its_steps(tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()
+    for step in range(1, 5):
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "loss": 1.0}) + "\n")
+    for name, step in (("start", 0), ("checkpoint", 2), ("resume", 2), ("finished", 4)):
+        rundir.record(tmp_path, None, name, step)
+    follow.logs(tmp_path, follow=False)
+    said = [re.sub(r"^\d\d:\d\d:\d\d | ·.*", "", line) for line in capsys.readouterr().out.splitlines()]
+    ends = "checkpoint at step 2", "resume at step 2", "step 3", "step 4", "finished at step 4"
+    assert said == ["start at step 0", "step 1", "step 2", *ends]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_whoever_follows_a_job(number, tmp_path, monkeypatch):
+    """`cluster.wait=true` and `ftdist logs --follow`: the run goes on, and that is what is said."""
+    monkeypatch.setattr(follow, "_logs", lambda *_: os.kill(os.getpid(), number) or time.sleep(60))
+    with pytest.raises(Failed, match="the run goes on") as failure:
+        follow.logs(tmp_path, follow=True)
+    assert failure.value.status == 130
+
+
+def test_an_evaluation_s_end_is_the_run_s(tmp_path):
+    """What was trained stays; how the evaluation went, now and later, is in outcome.json and in `ftdist status`."""
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "final").mkdir()
+    rundir.write_json(tmp_path / "outcome.json", {"outcome": "finished", "reason": None, "step": 30, "status": 0})
+    token = lease.take(tmp_path).token
+
+    def ends(failure):
+        def end():
+            raise failure
+
+        with pytest.raises(type(failure)):
+            conclude(tmp_path, token, end)
+        lease.release(tmp_path, token)
+        found = words(tmp_path, {}), launcher.outcome_of(tmp_path)["status"]
+        assert launcher.outcome_of(tmp_path)["step"] == 30
+        return found
+
+    assert ends(Failed("stopped (SIGTERM)", 75)) == (("stopped", "evaluation: stopped (SIGTERM)"), 75)
+    token = lease.take(tmp_path).token
+    assert ends(RuntimeError("a bug")) == (("failed", "evaluation: a bug"), 1)
+    token = lease.take(tmp_path).token
+    conclude(tmp_path, token, lambda: None)
+    lease.release(tmp_path, token)
+    assert words(tmp_path, {})[0] == "done" and launcher.outcome_of(tmp_path)["outcome"] == "finished"
+
+
+def test_a_number_that_is_another_process_by_now(tmp_path):
+    """cluster.sh kills its own daemons alone."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "settings").write_text("SEPARATE=none\nTRACK=linuxproc\nNODES=1\nNAME=node\n")
+    other = subprocess.Popen(["sleep", "600"])
+    try:
+        for name in ("slurmd.node1", "slurmctld", "munged"):
+            (tmp_path / "run" / f"{name}.pid").write_text(f"{other.pid}\n")
+        environment = os.environ | {"CLUSTER": str(tmp_path)}
+        lost = subprocess.run([SCRIPT, "lose", "node1"], env=environment, capture_output=True, text=True)
+        assert lost.returncode == 1 and "node1 has no daemon" in lost.stderr
+        assert subprocess.run([SCRIPT, "down"], env=environment).returncode == 0
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
