@@ -29,6 +29,8 @@ TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, 
 OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "mem", "time", "signal",
        "array", "partition", "requeue", "no-requeue", "output", "error", "open-mode")  # fmt: skip
 SLICE = re.compile(r"(?<![0-9])(\d)g\.(\d+)gb", re.I)  # of a GPU (MIG), in SLURM's names: 1g.10gb, a100_3g.20gb
+# Keys of `cluster` that have other names than the options which they stand for.
+KEYS = {"mem": "memory", "cpus-per-task": "cpus", "gres": "gpu_type", "gpus-per-node": "gpu_type"}
 PATIENCE = 60  # seconds that a command of SLURM may take
 AWAY = r"(?i)unable to contact|unexpected message|timed out|connection (refused|reset|failure)|zero bytes"
 # A batch script keeps signals that come before the batch process listens: it asks for them (URG) as soon as it does.
@@ -98,7 +100,7 @@ def options(
     sbatch: more of them, as the user gives them, which win.
     """
     assert gpus != "auto"
-    if time is not None and not re.fullmatch(TIME, str(time)):
+    if time is not None and not re.fullmatch(TIME, _one_line("cluster.time", time)):
         raise UserError(f"cluster.time={time}: should be H:MM:SS or D-HH:MM:SS, in quotes in a YAML file")
     device = f"{gpu_type}:{gpus}" if gpu_type else str(gpus)
     chosen: dict[str, Any] = {
@@ -121,8 +123,12 @@ def options(
         "signal": f"B:USR1@{signal_seconds}",
         "requeue": True,
         "open-mode": "append",  # a start after a requeue goes on in the same log
-        **{key.replace("_", "-"): value for key, value in sbatch.items()},
     }
+    for option, value in chosen.items():
+        _one_line(f"cluster.{KEYS.get(option, option.replace('-', '_'))}", value)
+    for key, value in sbatch.items():
+        _one_line(f"cluster.sbatch.{key}", value)
+    chosen |= {key.replace("_", "-"): value for key, value in sbatch.items()}
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
 
 
@@ -265,7 +271,9 @@ def _one_line(key: str, value: Any) -> str:
 
 
 def pattern(path: Path) -> str:
-    """A path for sbatch's --output, where % begins a pattern."""
+    """A path for sbatch's --output, where % begins a pattern; UserError for a backslash, which switches that off."""
+    if "\\" in str(path):
+        raise UserError(f"run_dir={path}: sbatch can name no log in a directory with a backslash; choose another")
     return str(path).replace("%", "%%")
 
 

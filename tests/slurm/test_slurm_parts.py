@@ -17,7 +17,8 @@ import pytest
 import yaml
 from nodes import SCRIPT, until
 
-from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops
+from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops, submit
+from ftdist import job as job_module
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.job import conclude
@@ -534,3 +535,100 @@ def test_a_number_that_is_another_process_by_now(tmp_path):
     finally:
         other.kill()
         other.wait()
+
+
+# --- the keys of `cluster` -------------------------------------------------------------------------
+
+CLUSTER = yaml.safe_load((REPOSITORY / "conf" / "cluster" / "slurm.yaml").read_text()) | {"gpus": 0, "processes": 1}
+RENDERED = {
+    "nodes": (3, "--nodes=3"),
+    "job_name": ("a b", "--job-name='a b'"),
+    "account": ("me", "--account=me"),
+    "partition": ("gpu,long", "--partition=gpu,long"),
+    "qos": ("it's", """--qos='it'"'"'s'"""),
+    "constraint": ("a100&ib|h100", "--constraint='a100&ib|h100'"),
+    "reservation": ("mon", "--reservation=mon"),
+    "time": ("1-00:00:00", "--time=1-00:00:00"),
+    "gpus": (8, "--gpus-per-node=8"),
+    "cpus": (64, "--cpus-per-task=64"),
+    "memory": ("200G", "--mem=200G"),
+    "exclusive": (True, "--exclusive"),
+    "mail_type": ("END,FAIL", "--mail-type=END,FAIL"),
+    "mail_user": ("me@here", "--mail-user=me@here"),
+    "signal_seconds": (300, "--signal=B:USR1@300"),
+    "sbatch": ({"nice": 100, "no_kill": True, "comment": "$x"}, "--comment='$x'"),
+}
+
+
+def script(run_dir=Path("/runs/one"), **keys):
+    job_module.check_cluster(CLUSTER | keys)
+    return submit.text(run_dir, CLUSTER | keys)
+
+
+@pytest.mark.parametrize("key", RENDERED)
+def test_what_sbatch_is_told(key):
+    value, line = RENDERED[key]
+    assert f"#SBATCH {line}\n" in script(**{key: value})
+    if not isinstance(value, (dict, int)):
+        for bad in ("a\nb", "a\x1bb"):
+            with pytest.raises(UserError, match=rf"^cluster\.{key}='a\\"):
+                script(**{key: bad})
+
+
+def test_nothing_that_was_not_said_is_told():
+    told = {line.split("=")[0].split("--")[1] for line in script().splitlines() if line.startswith("#SBATCH")}
+    assert told == {"job-name", "nodes", "ntasks-per-node", "signal", "requeue", "open-mode", "output"}
+    assert "#SBATCH --gres=gpu:h100:8\n" in script(gpus=8, gpu_type="h100", gpu_option="gres")
+    assert "#SBATCH --gpus-per-node=h100:8\n" in script(gpus=8, gpu_type="h100")
+    assert slurm.array(8, array_throttle=2) == "0-7%2" and slurm.array(8, array_throttle=None) == "0-7"
+    prepares = submit.preparation(
+        Path("/runs/one"), CLUSTER | {"gpus": 8, "exclusive": True, "prepare_partition": "cpu"}
+    )
+    assert "--partition=cpu\n" in prepares and "gpus" not in prepares and "--exclusive" not in prepares
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("acount", "me"), ("gpu_option", "gpus"), ("signal_seconds", 0), ("cpus", 0), ("exclusive", "maybe"),
+     ("modules", 3), ("prepare", "there"), ("max_requeues", -1), ("network_check", -1), ("array_throttle", 0),
+     ("preflight_seconds", 0), ("wrapper", "apptainer")],
+)  # fmt: skip
+def test_keys_that_cannot_be_meant(key, value):
+    with pytest.raises(UserError, match=rf"cluster\.{key}"):
+        script(**{key: value})
+
+
+def test_what_comes_before_the_program(tmp_path):
+    """Modules, variables and lines, through a shell, with whatever is in them."""
+    odd = """it's "$HOME" `id` \\ #x"""
+    keys = {"modules": ["cuda/12 x", "gcc"], "environment": {"ODD": odd, "NUMBER": 2}, "setup": ['echo "set $NUMBER"']}
+    before = slurm.setup(**keys)
+    text = slurm.script({}, ["module() { printf '<%s>' \"$@\"; }", *before], ["sh", "-c", 'printf %s "$ODD"'])
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert done.stdout == f"<load><cuda/12 x><load><gcc>set 2\n{odd}" and done.returncode == 0, done
+    for name, value in (("modules", ["a\nb"]), ("environment", {"A": "a\nb"}), ("setup", ["a\nb"])):
+        with pytest.raises(UserError, match=rf"cluster\.{name}.*line breaks"):
+            script(**{name: value})
+
+
+def test_the_program_in_a_container(in_a_job):
+    job = in_a_job
+    keys = {"container_image": "nv#x y.sqsh", "container_mounts": "/a:/a", "wrapper": [], "python": "/opt/python"}
+    job.more, job.before = slurm.in_task(**keys)
+    command = job.task("ftdist.node", "one")
+    assert command[-6:] == ["--container-image=nv#x y.sqsh", "--container-mounts=/a:/a", "/opt/python", "-m",
+                            "ftdist.node", "one"]  # fmt: skip
+    keys = {
+        "container_image": None,
+        "container_mounts": None,
+        "wrapper": ["apptainer", "exec", "i.sif"],
+        "python": None,
+    }
+    job.more, job.before = slurm.in_task(**keys)
+    assert job.task("ftdist.node")[-6:] == ["apptainer", "exec", "i.sif", sys.executable, "-m", "ftdist.node"]
+
+
+def test_logs_in_odd_directories():
+    assert "--output='/a 100%% b/logs/job-%j.log'" in script(Path("/a 100% b"))
+    with pytest.raises(UserError, match="backslash"):
+        script(Path("/a\\b"))
