@@ -13,7 +13,6 @@ from ftdist import rundir
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 TRACKERS = ("linuxproc", "cgroup")
 REPOSITORY = Path(__file__).parents[2]
-PLENTY = "cluster.signal_seconds=60"
 
 
 @pytest.fixture(params=TRACKERS)
@@ -44,7 +43,7 @@ def finished(on_slurm, cluster, run_dir):
 def test_time_limit(on_slurm, tracked, words, local, tmp_path):
     """Saved before the limit, and back into the queue; under both trackers the signal kills nobody."""
     run_dir = tmp_path / "run"
-    keys = ("engine=zero2", *NODES, "cluster.time=0:02:00", PLENTY, "tracking=wandb")
+    keys = ("engine=zero2", *NODES, "cluster.time=0:03:00", "cluster.signal_seconds=30", "tracking=wandb")
     submit(on_slurm, tracked, run_dir, *words, *keys)
     with held(run_dir, tracked):
         until(lambda: (run_dir / "stop.json").exists(), say=lambda: tracked.log(run_dir))
@@ -232,13 +231,15 @@ def test_no_progress(on_slurm, cluster, words, tmp_path):
 
 def test_by_sbatch_itself(execute, cluster, words, local, tmp_path):
     """sbatch slurm/train.sbatch: the same run, requeued at its time limit."""
+    odd = tmp_path / """a "path"'s $x"""
+    odd.mkdir()
     given = [word for word in words if not word.startswith("cluster")]
-    options = ("--parsable", "--nodes=2", "--mem=3G", "--time=2", f"--output={tmp_path}/log", "--signal=B:USR1@60")
+    options = ("--parsable", "--nodes=2", "--mem=3G", "--time=3", f"--output={tmp_path}/log", "--signal=B:USR1@30")
     done = execute("sbatch", *options, REPOSITORY / "slurm" / "train.sbatch", *given, "engine=zero2",
-                   cwd=tmp_path, env=cluster.environment)  # fmt: skip
+                   cwd=odd, env=cluster.environment)  # fmt: skip
     assert done.status == 0, done
-    until(lambda: any((tmp_path / "runs").glob("job-*")), say=lambda: (tmp_path / "log").read_text())
-    (run_dir,) = (tmp_path / "runs").iterdir()
+    until(lambda: any((odd / "runs").glob("job-*")), say=lambda: (tmp_path / "log").read_text())
+    (run_dir,) = (odd / "runs").iterdir()
     with held(run_dir, cluster):
         until(lambda: (run_dir / "stop.json").exists(), say=lambda: (tmp_path / "log").read_text())
     until(lambda: "run: " in (tmp_path / "log").read_text(), say=lambda: (tmp_path / "log").read_text())
