@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,17 +32,18 @@ from ftdist import scheduler as slurm
 from ftdist.errors import FAILED, FENCED, OK, STOPPED, USAGE, Failed, UserError
 
 PORTS = 20000, 10000  # first port, and how many: below those that systems hand out by themselves
-ANSWER = 120.0  # seconds for every node to answer the preflight
 GOES_ON = ("RUNNING", "TIMEOUT", "PREEMPTED", "SUSPENDED")  # states in which SLURM does not requeue by itself
 LEAVE = 300.0  # seconds to be ended after a requeue was accepted
+ABSENCE = 1800.0  # seconds that a controller may be away, as for an update, at most
+ATTEMPTS = 3  # ports that are tried
+TAKEN = "EADDRINUSE"  # in torch's words when somebody else listens at the port
 
 _signals: list[str] = []  # that this process was sent
 
 
 def main(argv: list[str]) -> int:
     """The exit status of the job."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, _note)
+    listen()
     os.umask(rundir.PRIVATE)
     os.environ[stops.STARTED] = str(time.time())  # of this job, not of whoever has submitted it
     verb, words = argv[0], argv[1:]
@@ -60,10 +62,18 @@ def main(argv: list[str]) -> int:
         return {"run": run, "prepare": prepare, "finish": finish}[verb](run_dir)
     except UserError as failure:
         print(f"ftdist: {failure}", file=sys.stderr, flush=True)
-        return USAGE
+        return FAILED if isinstance(failure, slurm.Away) else USAGE
     except Failed as failure:
         print(f"ftdist: {failure}", file=sys.stderr, flush=True)
         return failure.status
+
+
+def listen() -> None:
+    """Note signals that ask for an end, from now on and those that the batch script has kept."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, _note)
+    if os.environ.get("FTDIST_SHELL") == str(os.getppid()):
+        os.kill(os.getppid(), signal.SIGURG)
 
 
 def _note(number: int, _: FrameType | None) -> None:
@@ -101,12 +111,12 @@ def run(run_dir: Path) -> int:
         try:
             failure = job.train()
         except UserError as mistake:
-            failure = Failed(str(mistake), USAGE)
+            failure = Failed(str(mistake), FAILED if isinstance(mistake, slurm.Away) else USAGE)
         failure, again = job.verdict(failure)
         if again is None:
             job.ended(failure)
     if again is not None:
-        return requeue(run_dir, number, again)
+        return requeue(run_dir, number, again, job.time_left())
     if failure is not None:
         print(f"ftdist: {failure}", file=sys.stderr, flush=True)
         return failure.status
@@ -140,11 +150,15 @@ def fruitless(run_dir: Path, number: str) -> int:
     return max(count - 1, 0)
 
 
-def requeue(run_dir: Path, number: str, reason: str) -> int:
-    """Ask SLURM to start the job again, and wait for the end that comes with it."""
+def requeue(run_dir: Path, number: str, reason: str, seconds: float) -> int:
+    """Ask SLURM, for as long as `seconds`, to start the job again, and wait for the end that comes with it."""
     print(f"{reason}: back into the queue, goes on from the checkpoint of step {newest(run_dir)}", flush=True)
     rundir.record(run_dir, None, "requeue", newest(run_dir), reason=reason, job=number)
-    if refused := slurm.requeue(number):
+    try:
+        refused = slurm.patiently(lambda: slurm.requeue(number), seconds)
+    except slurm.Away as away:
+        refused = str(away)
+    if refused:
         print(f"ftdist: not requeued ({refused}); go on with: ftdist resume {run_dir}", file=sys.stderr, flush=True)
         return STOPPED
     end = time.monotonic() + LEAVE
@@ -161,6 +175,8 @@ class Job:
         self.cluster, self.health = config["cluster"], config["health"]
         self.nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
         self.reason: str | None = None  # why the scheduler wants an end
+        left = slurm.left(number)
+        self.end = None if left is None else time.monotonic() + left
         self.more, self.before = slurm.in_task(**schema.pick(slurm.in_task, self.cluster))
         os.environ[lease.VARIABLE] = str(token)
         os.environ["FTDIST_GRACE"] = str(self.health["grace_seconds"])
@@ -183,7 +199,7 @@ class Job:
             if (self.run_dir / "final").is_dir():
                 print("nothing to train: the run is finished", flush=True)
                 if not (self.run_dir / "eval" / "metrics.json").is_file():
-                    self.evaluate()
+                    job.conclude(self.run_dir, self.token, self.evaluate)
             else:
                 job.launch(self.run_dir, self.token, self.start, self.evaluate)
         except Failed as failure:
@@ -191,10 +207,26 @@ class Job:
         return None
 
     def start(self) -> None:
-        """The ranks, once: checked nodes, then training. Failed or UserError carry the first failing rank's words."""
-        rundir.forget_last_start(self.run_dir)
+        """The ranks, once: checked nodes, then training. Failed or UserError carry the first failing rank's words.
+
+        Somebody may take the port that the check has found free before rank 0 listens: then another one.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            rundir.forget_last_start(self.run_dir)
+            try:
+                self.attempt()
+                break
+            except Failed as failure:
+                said = rundir.read_json(self.run_dir / "logs" / "rank-0.error.json")
+                if said.get("lease") != str(self.token) or TAKEN not in said["message"] or attempt == ATTEMPTS:
+                    raise
+                print(f"{failure}\nthe port was taken meanwhile: checking and starting again", flush=True)
+
+    def attempt(self) -> None:
+        """The same, at the first port that the check finds."""
         head, port = self.preflight()
-        ranks = (self.run_dir, slurm.address(head), port, self.cluster["processes"])
+        address = slurm.patiently(lambda: slurm.address(head), self.time_left())
+        ranks = (self.run_dir, address, port, self.cluster["processes"])
         if self.cluster["network_check"]:
             os.environ["FTDIST_NETWORK_CHECK"] = str(self.cluster["network_check"])
             status = self.follow(self.task("ftdist.node", *ranks, "ftdist.preflight"))
@@ -203,6 +235,10 @@ class Job:
         status = self.follow(self.task("ftdist.node", *ranks, "ftdist.worker"), trains=True)
         # A node is content with ranks that stop as asked; whether anything is finished is in outcome.json.
         launcher.judge(self.run_dir, status or FAILED, self.token)
+
+    def time_left(self) -> float:
+        """Seconds to wait for a controller that is away: what the job has left, and no more than ABSENCE."""
+        return ABSENCE if self.end is None else max(0.0, min(ABSENCE, self.end - time.monotonic()))
 
     def evaluate(self) -> None:
         """What follows training, in a task on the first node."""
@@ -232,7 +268,8 @@ class Job:
                 other.append(line.strip())
 
         wants = min(gpus, self.cluster["processes"])
-        status = self.follow(self.task("ftdist.preflight", self.run_dir, word, wants, port), read, limit=ANSWER)
+        status = self.follow(self.task("ftdist.preflight", self.run_dir, word, wants, port), read,
+                             limit=self.cluster["preflight_seconds"])  # fmt: skip
         if status != OK and len(found) < len(self.nodes):
             print("\n".join(other), flush=True)
         try:
@@ -245,10 +282,11 @@ class Job:
     def task(self, module: str, *words: Any, nodes: int | None = None) -> list[str]:
         """srun, one task a node."""
         count = str(nodes or len(self.nodes))
+        bound = slurm.patiently(slurm.binds, self.time_left())
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun no longer takes it from there by itself
         return ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--nodes={count}", f"--ntasks={count}",
                 "--ntasks-per-node=1", "--export=ALL", "--mpi=none", "--input=none",
-                *(("--cpu-bind=none",) if slurm.binds() else ()),
+                *(("--cpu-bind=none",) if bound else ()),
                 *((f"--cpus-per-task={cpus}",) if cpus else ()), *self.more, *self.before,
                 "-m", module, *map(str, words)]  # fmt: skip
 
@@ -322,9 +360,12 @@ class Job:
         return failure, reason
 
     def lost(self) -> str | None:
-        """A node that does not answer any more."""
+        """A node that does not answer any more; none, as far as a controller that is away can tell."""
         for node in self.nodes:
-            state = slurm.node_state(node)
+            try:
+                state = slurm.patiently(partial(slurm.node_state, node), slurm.PATIENCE)
+            except UserError:  # the rank's own error is what there is to say
+                return None
             if "*" in state or state.startswith(("DOWN", "FAIL", "NOT_RESPONDING")):
                 return node
         count = len(self.nodes)
@@ -340,7 +381,7 @@ class Job:
 
     def ended(self, failure: Failed | None) -> None:
         """Leave word of an end that the ranks have left none of, unless somebody else has the run by now."""
-        if failure is None or (failure.status == STOPPED and launcher.outcome_of(self.run_dir)):
+        if failure is None or (failure.status == STOPPED == launcher.outcome_of(self.run_dir).get("status")):
             return
         name = "stopped" if failure.status == STOPPED else "failed"
         reason = self.asked() or str(failure) if name == "stopped" else str(failure)

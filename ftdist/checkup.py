@@ -31,6 +31,7 @@ OPEN_FILES = 4096  # that shards, data files and sockets of a node's ranks may w
 SHARED_MEMORY = 1 << 30  # bytes of /dev/shm that NCCL and loaders want on a GPU machine
 LITTLE = 20 << 30  # bytes free below which models and checkpoints soon do not fit
 PATIENCE = 20  # seconds for an answer of SLURM's
+ANSWER = 120  # seconds for a task on every node
 LOCAL_FILE_SYSTEMS = ("ext2/ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlayfs", "zfs", "ramfs")
 # Installed beside ftdist: versions that are known to break it, though nothing in their own metadata says so.
 KNOWN_BAD = {
@@ -353,7 +354,12 @@ def _seen_by_nodes(probe: Path, kind: str) -> Iterator[Finding]:
             "-c",
             script,
         ]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=ANSWER)
+        except subprocess.TimeoutExpired:
+            fix = "a node hangs, or the directory does on it: sinfo -R, and ls there"
+            yield Finding("shared", WRONG, f"{directory}: not every node answers within {ANSWER} s", fix)
+            return
         blind = [number for number in range(nodes) if not (probe / str(number)).exists()]
         if done.returncode or blind:
             said = f"{directory}: nodes {', '.join(map(str, blind)) or '?'} of {nodes} do not see it"

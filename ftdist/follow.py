@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -163,28 +166,54 @@ def stop(run_dir: Path) -> str:
     jobs = jobs_of([run_dir])[run_dir]
     now = state(run_dir, jobs)
     waiting = [job for job in jobs.values() if job.active]
-    if waiting and not any(job.state in ("RUNNING", "COMPLETING", "SUSPENDED") for job in waiting):
+    if waiting and not any(_begun(run_dir, job) for job in waiting):
         slurm.cancel([job.id for job in waiting])
         rundir.record(run_dir, None, "stopped", now["step"], reason=STOP)
         return f"job {waiting[0].id} is taken out of the queue"
     if now["state"] == "preparing" and waiting:
         slurm.cancel([job.id for job in waiting])
         return "its jobs are cancelled; nothing was trained yet"
-    if now["state"] in ("running", "starting", "preparing", "evaluating"):
+    if now["state"] not in ("running", "starting", "preparing", "evaluating"):
+        raise UserError(f"{run_dir}: not active ({now['state']}); nothing to stop")
+    holder = None if waiting or now["state"] == "running" else lease.living(run_dir)
+    if holder is None or holder.job is not None:
         stops.request(run_dir, STOP)
         return "asked to stop; it saves at the end of its step and goes on with `ftdist resume`"
-    raise UserError(f"{run_dir}: not active ({now['state']}); nothing to stop")
+    # A process that nobody has queued, and that reads no requests outside training.
+    if holder.host != socket.gethostname():
+        raise UserError(f"{run_dir}: {now['state']} on {holder.host}, another machine; there: kill -TERM {holder.pid}")
+    stops.request(run_dir, STOP)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(holder.pid, signal.SIGTERM)
+    return f"ended while {now['state']}"
+
+
+def _begun(run_dir: Path, job: slurm.Job) -> bool:
+    """Whether this start of a job has the run by now: before that it has nothing to save, and reads no request."""
+    if job.state not in ("RUNNING", "SUSPENDED"):
+        return job.state == "COMPLETING"
+    holder, known = lease.read(run_dir), slurm.show(job.id)
+    if not known:
+        return True
+    if holder is None or holder.released:
+        return False
+    return (holder.job, str(holder.restart)) == (known["JobId"], known["Restarts"])
 
 
 def logs(run_dir: Path, follow: bool, rank: int | None = None) -> int:
     """Print what a run has said; with `follow` what it says until it ends, and its exit status then.
 
-    Ctrl-C ends the following, not the run.
+    Ctrl-C or a signal ends the following, not the run.
     """
+    signals = [number for number in stops.SIGNALS if number != signal.SIGINT]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in signals}
     try:
         return _logs(run_dir, follow, rank)
     except KeyboardInterrupt:
         raise Failed(f"no longer followed; the run goes on (ftdist stop {run_dir} ends it)", INTERRUPTED)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _logs(run_dir: Path, follow: bool, rank: int | None) -> int:
@@ -213,38 +242,49 @@ def status_of(run_dir: Path, word: str) -> int:
 
 def _print_news(run_dir: Path, rank: int | None, watched: dict[Path, int]) -> bool:
     """Print what has been added to the run's logs since the last look."""
-    news = False
-    for file in _files(run_dir, rank):
-        with contextlib.suppress(FileNotFoundError), file.open("rb") as handle:
-            handle.seek(watched.get(file, 0))
-            data = handle.read()
-            end = data.rfind(b"\n") + 1  # a line at a time
-            if end:
-                watched[file] = watched.get(file, 0) + end
-                news = True
-                for line in data[:end].decode(errors="replace").splitlines():
-                    print(_readable(file, line))
-                sys.stdout.flush()
-    return news
-
-
-def _files(run_dir: Path, rank: int | None) -> Iterator[Path]:
-    """Which files tell of a run: its jobs' output; on this machine metrics and events, which the terminal had."""
     if rank is not None:
-        yield run_dir / "logs" / f"rank-{rank}.log"
-        return
-    jobs = sorted((run_dir / "logs").glob("job-*.log"), key=lambda file: file.stat().st_mtime)
-    yield from jobs or (run_dir / "metrics.jsonl", run_dir / "events.jsonl")
+        files = [run_dir / "logs" / f"rank-{rank}.log"]
+    else:
+        files = sorted((run_dir / "logs").glob("job-*.log"), key=lambda file: file.stat().st_mtime)
+    if files:
+        news = [line for file in files for line in _added(file, watched)]
+    else:  # of this machine: what its terminal has
+        news = in_order(*(_added(run_dir / name, watched) for name in ("metrics.jsonl", "events.jsonl")))
+    for line in news:
+        print(line)
+    sys.stdout.flush()
+    return bool(news)
 
 
-def _readable(file: Path, line: str) -> str:
-    """A row of metrics or events as the terminal shows it; other lines as they are."""
-    if file.suffix != ".jsonl":
-        return line
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return line
+def _added(file: Path, watched: dict[Path, int]) -> list[str]:
+    """The whole lines of a file since the last look."""
+    with contextlib.suppress(FileNotFoundError), file.open("rb") as handle:
+        handle.seek(watched.get(file, 0))
+        data = handle.read()
+        end = data.rfind(b"\n") + 1
+        watched[file] = watched.get(file, 0) + end
+        return data[:end].decode(errors="replace").splitlines()
+    return []
+
+
+def in_order(metrics: Sequence[str], events: Sequence[str]) -> list[str]:
+    """Rows of both files as the terminal has them: what a step measured before what came after it."""
+    told, left = [], [*_rows(metrics)]
+    for event in _rows(events):
+        while left and event.get("step") is not None and left[0].get("step", 0) <= event["step"]:
+            told.append(_readable(left.pop(0)))
+        told.append(_readable(event))
+    return [*told, *map(_readable, left)]
+
+
+def _rows(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with contextlib.suppress(ValueError):  # cut when the run was killed
+            yield json.loads(line)
+
+
+def _readable(row: dict[str, Any]) -> str:
+    """A row of metrics or events as the terminal shows it."""
     if "event" in row:
         at = "" if row["step"] is None else f" at step {row['step']}"
         reason = f": {row['reason']}" if row.get("reason") else ""

@@ -19,7 +19,7 @@ from ftdist import scheduler as slurm
 from ftdist.errors import UserError
 from ftdist.plan.activations import family
 from ftdist.plan.batch import Filling
-from ftdist.plan.hardware import Hardware, elsewhere, hardware
+from ftdist.plan.hardware import Hardware, elsewhere, hardware, sliced
 from ftdist.plan.memory import Case, Memory, disk_bytes, need, standing, zero_sizes
 from ftdist.plan.shapes import Shapes, model_shapes
 from ftdist.plan.speed import duration, step
@@ -46,9 +46,14 @@ def target(config: dict[str, Any], world: int) -> Hardware:
 
 def _in_queue(values: dict[str, Any], cluster: dict[str, Any]) -> dict[str, Any]:
     """The hardware that SLURM will give; its memory limit is the host's."""
+    kind = None
+    if cluster["gpus"] and (values["name"] == "auto" or cluster["gpu_type"]):
+        asked = (cluster["partition"], cluster["constraint"], None)
+        kind = cluster["gpu_type"] or slurm.chosen_gpus(*asked)[1] or ""
     if values["name"] == "auto":
-        kind = cluster["gpu_type"] or slurm.partition_gpus(cluster["partition"])[1] or "" if cluster["gpus"] else None
         values = elsewhere(values, kind)
+    if part := slurm.SLICE.search(kind or ""):
+        values = sliced(values, int(part[1]), int(part[2]))
     limit = slurm.memory_bytes(cluster["memory"])
     values = {**values, "host_memory": values["host_memory"] or limit}
     return {**values, "memory": values["memory"] or limit} if values["name"] == "cpu" else values

@@ -36,7 +36,7 @@ from ftdist import base as bases
 from ftdist import evaluate as evaluation
 from ftdist import scheduler as slurm
 from ftdist.data.prepare import prepare
-from ftdist.errors import FAILED, FENCED, Failed, UserError
+from ftdist.errors import FAILED, FENCED, OK, STOPPED, USAGE, Failed, UserError
 from ftdist.export import export
 from ftdist.plan import Plan
 from ftdist.plan import examples as look
@@ -464,7 +464,26 @@ def launch(
                 restarts += 1
             rundir.record(run_dir, token, "restart", None, reason=str(failure))
             print(f"{failure}\nstarting again", flush=True)
-    (end or partial(finish, run_dir))()
+    conclude(run_dir, token, end or partial(finish, run_dir))
+
+
+def conclude(run_dir: Path, token: int, end: Callable[[], None]) -> None:
+    """What follows training (`end`); outcome.json tells how that went, instead of how the last try had."""
+    before = launcher.outcome_of(run_dir)
+
+    def told(name: str, reason: str | None, status: int) -> None:
+        with lease.guarded(run_dir, token):
+            outcome = {**before, "outcome": name, "reason": reason, "status": status}
+            rundir.write_json(run_dir / "outcome.json", outcome)
+
+    try:
+        end()
+    except Exception as failure:
+        status = USAGE if isinstance(failure, UserError) else getattr(failure, "status", FAILED)
+        told("stopped" if status == STOPPED else "failed", f"evaluation: {failure}", status)
+        raise
+    if before.get("status") != OK:
+        told("finished", None, OK)
 
 
 def _progress(run_dir: Path) -> tuple[list[int], list[int]]:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ftdist.errors import FENCED, Failed, UserError
+from ftdist.stops import REQUEST
 
 FILE = "lease.json"
 LOCK = ".lease.lock"
@@ -64,6 +65,7 @@ def take(run_dir: Path) -> Lease:
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )
         _write(run_dir, mine)
+        (run_dir / REQUEST).unlink(missing_ok=True)  # whoever asked for an end, asked an earlier start
     keep_alive(run_dir, mine.token)
     return mine
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,11 +53,16 @@ def look(run_dir: Path, word: str, gpus: int, port: int) -> dict[str, Any]:
 
 
 def _free(port: int) -> bool:
-    with socket.socket() as probe:
+    """Whether rank 0 could listen there, as torch does: at every address of both kinds."""
+    for family, anywhere in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):  # noqa: S104  # nothing is served
         try:
-            probe.bind(("", port))
-        except OSError:
-            return False
+            with socket.socket(family) as probe:
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind((anywhere, port))
+        except OSError as failure:
+            if failure.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # this node has no such addresses
+                return False
     return True
 
 
@@ -151,8 +158,21 @@ def network(run_dir: Path, seconds: float) -> int:
     return OK
 
 
+def as_rank(run_dir: Path, seconds: float) -> int:
+    """`network`; what goes wrong is left as the rank's last word."""
+    try:
+        return network(run_dir, seconds)
+    except Exception as failure:
+        from ftdist.worker import fail
+
+        traceback.print_exc()
+        lines = str(failure).strip().splitlines() or [""]
+        fail(run_dir, f"network check: {type(failure).__name__}: {lines[0]}")
+        return FAILED
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        sys.exit(network(Path(sys.argv[1]), float(os.environ["FTDIST_NETWORK_CHECK"])))
+        sys.exit(as_rank(Path(sys.argv[1]), float(os.environ["FTDIST_NETWORK_CHECK"])))
     os.umask(rundir.PRIVATE)
     print(json.dumps(look(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def resume(run_dir: Path, wanted: dict[str, Any]) -> None:
     with lease.held(run_dir) as token:
         if (run_dir / "final").is_dir():
             if wanted["eval"]["samples"] and not (run_dir / "eval" / "metrics.json").is_file():
-                job.finish(run_dir)
+                job.conclude(run_dir, token, partial(job.finish, run_dir))
             print("nothing to train: the run is finished", flush=True)
             return
         changed(run_dir, wanted)

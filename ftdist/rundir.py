@@ -143,10 +143,13 @@ def record(run_dir: Path, token: int | None, event: str, step: int | None, **fac
 
 
 def forget_last_start(run_dir: Path) -> None:
-    """What an earlier start of this run was told, and said, is not this one's. For whoever has taken the lease."""
+    """What the ranks of an earlier start said is not this one's. For whoever has taken the lease.
+
+    A request to stop stays: it was made after the lease was taken, which removes older ones.
+    """
     logs = run_dir / "logs"
     logs.mkdir(mode=0o700, exist_ok=True)
-    for file in (*logs.glob("rank-*.json"), *(run_dir / name for name in ("outcome.json", ".training", "stop.json"))):
+    for file in (*logs.glob("rank-*.json"), *(run_dir / name for name in ("outcome.json", ".training"))):
         file.unlink(missing_ok=True)
 
 

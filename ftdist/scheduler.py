@@ -9,15 +9,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from ftdist.errors import UserError
 
+Answer = TypeVar("Answer")
 SCRIPT = "job.sbatch"  # in a run directory
 # Words of SLURM for jobs that will still do something.
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
@@ -26,7 +28,33 @@ TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, 
 # Options that keys of `cluster` stand for, and the log that `ftdist logs` reads.
 OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "mem", "time", "signal",
        "array", "partition", "requeue", "no-requeue", "output", "error", "open-mode")  # fmt: skip
+SLICE = re.compile(r"(?<![0-9])(\d)g\.(\d+)gb", re.I)  # of a GPU (MIG), in SLURM's names: 1g.10gb, a100_3g.20gb
+# Keys of `cluster` that have other names than the options which they stand for.
+KEYS = {"mem": "memory", "cpus-per-task": "cpus", "gres": "gpu_type", "gpus-per-node": "gpu_type"}
 PATIENCE = 60  # seconds that a command of SLURM may take
+AWAY = r"(?i)unable to contact|unexpected message|timed out|connection (refused|reset|failure)|zero bytes"
+# A batch script keeps signals that come before the batch process listens: it asks for them (URG) as soon as it does.
+# Until then it is deaf to them; bash stays its parent, and passes on what comes later. Only its end ends the script.
+KEEPS = """signals='' batch=''
+keep() { signals="$signals $1"; kill "-$1" "$batch"; } 2>/dev/null
+tell() { for one in $signals; do kill "-$one" "$batch"; done; }
+trap 'keep USR1' USR1
+trap 'keep USR2' USR2
+trap 'keep TERM' TERM
+trap tell URG
+"""
+BEGINS = """set +e
+(trap '' USR1 USR2 TERM; export FTDIST_SHELL=$$; exec %s) &
+batch=$!
+while true; do
+  wait "$batch"; status=$?
+  kill -0 "$batch" 2>/dev/null || exit "$status"
+done
+"""
+
+
+class Away(UserError):
+    """SLURM does not answer now. What was asked of it may be right."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +100,7 @@ def options(
     sbatch: more of them, as the user gives them, which win.
     """
     assert gpus != "auto"
-    if time is not None and not re.fullmatch(TIME, str(time)):
+    if time is not None and not re.fullmatch(TIME, _one_line("cluster.time", time)):
         raise UserError(f"cluster.time={time}: should be H:MM:SS or D-HH:MM:SS, in quotes in a YAML file")
     device = f"{gpu_type}:{gpus}" if gpu_type else str(gpus)
     chosen: dict[str, Any] = {
@@ -95,8 +123,12 @@ def options(
         "signal": f"B:USR1@{signal_seconds}",
         "requeue": True,
         "open-mode": "append",  # a start after a requeue goes on in the same log
-        **{key.replace("_", "-"): value for key, value in sbatch.items()},
     }
+    for option, value in chosen.items():
+        _one_line(f"cluster.{KEYS.get(option, option.replace('-', '_'))}", value)
+    for key, value in sbatch.items():
+        _one_line(f"cluster.sbatch.{key}", value)
+    chosen |= {key.replace("_", "-"): value for key, value in sbatch.items()}
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
 
 
@@ -113,7 +145,9 @@ def resolved(
     processes: int | str,
     oversubscribe: bool,
     partition: str | None,
+    constraint: str | None,
     gpus: int | str,
+    gpu_type: str | None,
     cpu: bool,
     known: bool,
 ) -> dict[str, int]:
@@ -128,12 +162,18 @@ def resolved(
         elif processes != "auto" and known:
             count = processes
         else:
-            there = partition_gpus(partition)[0]
+            there, kind = chosen_gpus(partition, constraint, gpu_type)
+            there = min(there, 1) if SLICE.search(kind or "") else there
             count = there if processes == "auto" else min(int(processes), there)
     wanted = max(int(count), 1) if processes == "auto" else int(processes)
     if int(count) and wanted > int(count) and not oversubscribe:
         raise UserError(f"cluster.processes={wanted}: {count} GPUs on a node are asked for or there; use at most "
                         f"cluster.processes={count}, or cluster.oversubscribe=true")  # fmt: skip
+    if gpu_type is None and int(count) and shutil.which("sinfo"):
+        gpu_type = chosen_gpus(partition, constraint, gpu_type)[1]
+    if SLICE.search(gpu_type or "") and max(int(count), wanted) > 1:
+        raise UserError(f"cluster.gpus={count} cluster.processes={wanted}: {gpu_type} is a slice of a GPU (MIG); a job "
+                        "can use one: NCCL joins none of them; use cluster.gpus=1")  # fmt: skip
     return {"gpus": int(count), "processes": wanted}
 
 
@@ -154,6 +194,7 @@ def in_job(
     *,
     interface: str | None,
     max_requeues: Annotated[int, Field(ge=0)],
+    preflight_seconds: Annotated[float, Field(gt=0)],
     local_disk: Annotated[float, Field(ge=0)],
     network_check: Annotated[int, Field(ge=0)],
 ) -> None:
@@ -206,12 +247,14 @@ def setup(*, modules: list[str], environment: dict[str, str | int | float], setu
 
 
 def script(options: Mapping[str, str | int | bool], lines: Iterable[str], command: Sequence[str]) -> str:
-    """A batch script: `#SBATCH` lines, safely quoted, shell lines, and a command that becomes the batch process.
+    """A batch script: `#SBATCH` lines, safely quoted, shell lines, and the command that is the batch process.
 
-    Signals that ask for an end are held off until that process listens to them. UserError for a value with a newline.
+    A line that fails ends the job, unless a signal that asks for an end has come meanwhile, which may be why: then the
+    batch process decides. UserError for a value with a newline.
     """
     head = [_sbatch_line(key, value) for key, value in options.items()]
-    return "\n".join(["#!/bin/bash", *head, "trap '' USR1 TERM", "set -e", *lines, f"exec {shlex.join(command)}", ""])
+    checked = [*("""trap 'status=$?; [ -n "$signals" ] || exit $status' ERR""", *lines, "trap - ERR")] if lines else []
+    return "\n".join(["#!/bin/bash", *head, KEEPS + "\n".join(checked), BEGINS % shlex.join(command)])
 
 
 def _sbatch_line(key: str, value: str | int | bool) -> str:
@@ -228,7 +271,9 @@ def _one_line(key: str, value: Any) -> str:
 
 
 def pattern(path: Path) -> str:
-    """A path for sbatch's --output, where % begins a pattern."""
+    """A path for sbatch's --output, where % begins a pattern; UserError for a backslash, which switches that off."""
+    if "\\" in str(path):
+        raise UserError(f"run_dir={path}: sbatch can name no log in a directory with a backslash; choose another")
     return str(path).replace("%", "%%")
 
 
@@ -259,22 +304,42 @@ def _sbatch(words: list[str], cwd: Path | None) -> str:
 
 
 # What SLURM sets in a job, as opposed to what steers its commands.
-INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)|FTDIST_(STARTED|LEASE|GRACE)$"
+INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)|FTDIST_(STARTED|LEASE|GRACE|SHELL)$"
 
 
 def command(
     name: str, *words: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of SLURM's commands. UserError if it is not there, or does not answer."""
+    """Run one of SLURM's commands. UserError if it is not there; Away if it, or the controller, does not answer."""
     program = shutil.which(name)
     if program is None:
         raise UserError(f"cluster=slurm: no {name} here; start this on a machine that can submit jobs")
     try:
-        return subprocess.run(
+        done = subprocess.run(
             [program, *words], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment, cwd=cwd
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"cluster=slurm: {name} does not answer within {PATIENCE} s; is the controller up?")
+        raise Away(f"cluster=slurm: {name} does not answer within {PATIENCE} s; is the controller up?")
+    if done.returncode != 0 and re.search(AWAY, done.stderr):
+        said = " ".join(done.stderr.split())
+        raise Away(f"cluster=slurm: {name}: {said[:200]}; is the controller up?")
+    return done
+
+
+def patiently(ask: Callable[[], Answer], seconds: float) -> Answer:
+    """What SLURM answers, asked again while it is away. Away after so many seconds."""
+    until, pause, told = time.monotonic() + seconds, 1.0, False
+    while True:
+        try:
+            return ask()
+        except Away as away:
+            if time.monotonic() + pause > until:
+                raise
+            if not told:
+                print(f"{away} Asking again for {seconds:.0f} s", flush=True)
+                told = True
+        time.sleep(pause)
+        pause = min(2 * pause, 30.0)
 
 
 def jobs(ids: Sequence[str]) -> dict[str, Job]:
@@ -341,42 +406,77 @@ def cancel(ids: Sequence[str]) -> None:
 
 def requeue(job: str) -> str:
     """Back into the queue, under the same number; ends the calling job. What was wrong, if it was refused."""
-    try:
-        done = command("scontrol", "requeue", job)
-    except UserError as failure:
-        return str(failure)
+    done = command("scontrol", "requeue", job)
     return "" if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
 
 
 def hosts(nodes: str) -> list[str]:
     """`node[1-3]` → the names."""
-    return command("scontrol", "show", "hostnames", nodes).stdout.split()
+    done = command("scontrol", "show", "hostnames", nodes)
+    if done.returncode != 0:
+        raise UserError(f"cluster=slurm: scontrol show hostnames {nodes}: {' '.join(done.stderr.split())}")
+    return done.stdout.split()
 
 
 def address(node: str) -> str:
     """Where SLURM itself reaches a node: its NodeAddr, which may differ from its name and from its host name."""
     found = re.search(r"\bNodeAddr=(\S+)", command("scontrol", "show", "node", "--oneliner", node).stdout)
-    return found[1] if found else node
+    return found[1].strip("[]") if found else node
 
 
 @functools.cache
-def partition_gpus(partition: str | None) -> tuple[int, str | None]:
-    """(GPUs of a node, their type) in a partition, or in the default one: the least that any of its nodes has.
+def partition_gpus(partition: str | None, constraint: str | None = None) -> dict[str, int]:
+    """Kind of GPU → how many of it a node of a partition, or of the default one, has at least, where it has some.
 
-    UserError if there is no such partition, or no SLURM to ask.
+    Kinds are SLURM's names for them, `` where it names none. constraint: nodes with these features alone, as far as it
+    is names with `&` and `|`. UserError if there is no such partition, or no SLURM to ask.
     """
-    done = command("sinfo", "--noheader", "--format=%P|%G", *((f"--partition={partition}",) if partition else ()))
-    rows = [line.split("|", 1) for line in done.stdout.splitlines() if "|" in line]
+    done = command("sinfo", "--noheader", "--format=%P|%f|%G", *((f"--partition={partition}",) if partition else ()))
+    rows = [line.split("|", 2) for line in done.stdout.splitlines() if line.count("|") > 1]
     if partition is None:
         rows = [row for row in rows if row[0].strip().endswith("*")] or rows
     if done.returncode != 0 or not rows:
         known = sorted(set(command("sinfo", "--noheader", "--format=%R").stdout.split()))
         raise UserError(f"cluster.partition={partition}: no such partition; known: {', '.join(known) or 'none'}")
-    found = []
-    for _, gres in rows:
-        gpus = re.findall(r"\bgpu(?::([A-Za-z][\w.-]*))?:(\d+)", gres)
-        found.append((sum(int(count) for _, count in gpus), gpus[0][0].lower() or None if gpus else None))
-    return min(found, key=lambda one: one[0])
+    least: dict[str, int] = {}
+    for _, features, gres in rows:
+        if constraint is not None and not _meets(set(features.split(",")), constraint):
+            continue
+        here: dict[str, int] = {}
+        for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+            name, *words = part.strip().split(":")
+            count = int(words.pop()) if words and words[-1].isdigit() else 1
+            if name == "gpu":
+                here[":".join(words)] = here.get(":".join(words), 0) + count
+        for known_kind, number in here.items():
+            least[known_kind] = min(number, least.get(known_kind, number))
+    return least
+
+
+def _meets(features: set[str], constraint: str) -> bool:
+    """Whether a node fits; one fits a constraint with brackets or numbers, which only SLURM can read."""
+    if not re.fullmatch(r"[\w.&|-]+", constraint):
+        return True
+    return any(set(together.split("&")) <= features for together in constraint.split("|"))
+
+
+def chosen_gpus(partition: str | None, constraint: str | None, gpu_type: str | None) -> tuple[int, str | None]:
+    """(GPUs of a node, their kind) that a job would get; (0, None) where there are none.
+
+    UserError where nodes have several kinds and none is chosen, or where none has the chosen one.
+    """
+    there = partition_gpus(partition, constraint)
+    names = ", ".join(f"{kind or 'without a name'} ({count} on a node)" for kind, count in sorted(there.items()))
+    where = f"cluster.partition={partition}" if partition else "the default partition"
+    if gpu_type is not None:
+        found = next((kind for kind in there if kind.lower() == gpu_type.lower()), None)
+        if found is None:
+            raise UserError(f"cluster.gpu_type={gpu_type}: {where} has {names or 'no GPUs'}")
+        return there[found], found
+    if len(there) > 1:
+        raise UserError(f"{where} has several kinds of GPU: {names}; say which: "
+                        f"cluster.gpu_type={next(kind for kind in sorted(there) if kind)}")  # fmt: skip
+    return next(((count, kind or None) for kind, count in there.items()), (0, None))
 
 
 def seconds(text: str) -> int | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import cli, lease, rundir, stops
-from ftdist.errors import INTERRUPTED, OK, USAGE, UserError
+from ftdist.errors import INTERRUPTED, OK, USAGE, Failed, UserError
 from ftdist.rundir import PRIVATE
 
 ONE = "a launcher runs one configuration: leave out -m and --cfg, or use ftdist train"
@@ -62,8 +62,12 @@ def main(argv: list[str]) -> int:
     try:
         status = worker.main(run_dir, at_failure=release)
         if rank == 0 and status == OK:
+            cli.private_and_stoppable()  # the worker only noted signals
             job.finish(run_dir)
             print(f"run: {run_dir}")
+    except Failed as failure:
+        print(f"ftdist: {failure}", file=sys.stderr)
+        status = failure.status
     finally:
         release()
     return status

@@ -140,7 +140,14 @@ tree() {
   children=$(cat "/proc/$1"/task/*/children 2>/dev/null || true)
   for child in $children; do tree "$child"; done
 }
-daemon_of() { cat "$CLUSTER/run/slurmd.$1.pid" 2>/dev/null || true; }
+# Of a pid file, if that process is still the program: numbers of processes are used again.
+pid_in() { # FILE PROGRAM [WORDS OF ITS COMMAND LINE]
+  local p
+  p=$(cat "$CLUSTER/run/$1.pid" 2>/dev/null || true)
+  if [ -n "$p" ] && running "$p" && [ "$(cat "/proc/$p/comm")" = "$2" ] &&
+    tr '\0' ' ' <"/proc/$p/cmdline" | grep -qF -e "${3:-$CLUSTER}"; then echo "$p"; fi
+}
+daemon_of() { pid_in "slurmd.$1" slurmd "-N $1 -f $SLURM_CONF"; }
 pids_of() {
   local p
   { daemon_of "$1"
@@ -214,7 +221,7 @@ down() {
   n=$(setting NODES)
   for ((i = 1; i <= ${n:-0}; i++)); do signal_node KILL "$(setting NAME)$i"; done
   for name in slurmctld munged; do
-    p=$(cat "$CLUSTER/run/$name.pid" 2>/dev/null || true)
+    p=$(pid_in "$name" "$name")
     [ -z "$p" ] || kill -KILL "$p" 2>/dev/null || true
     while [ -n "$p" ] && running "$p"; do sleep 0.05; done
   done
@@ -237,7 +244,7 @@ case $action in
     [[ $node =~ ^[a-z]+[0-9]+$ ]] || die "$action: which node? node1 …"
     case $action in
       kill) signal_node KILL "$node"; rm -f "$CLUSTER/run/slurmd.$node.pid" "$CLUSTER/spool.$node/${node}"_* ;;
-      lose) kill -KILL "$(daemon_of "$node")" ;;
+      lose) p=$(daemon_of "$node"); [ -n "$p" ] || die "lose: $node has no daemon"; kill -KILL "$p" ;;
       start) start_node "$node" ;;
       freeze) signal_node STOP "$node" ;;
       thaw) signal_node CONT "$node" ;;

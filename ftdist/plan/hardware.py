@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def elsewhere(values: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
     UserError for a kind that the table does not have: nothing of it would be known.
     """
     table = _table()
-    word = kind if kind is not None else "cpu"
+    word = re.sub(r"[^a-z0-9]?\d+g\.\d+gb.*", "", kind, flags=re.I) if kind is not None else "cpu"
     fitting = (n for n, row in table.items() if n == word or (row.get("match") and re.search(row["match"], word, re.I)))
     name = next(fitting, None)
     if name is None:
@@ -131,6 +132,15 @@ def elsewhere(values: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
             f"(known: {', '.join(table)})"
         )
     return {key: table[name].get(key) if value is None or key == "name" else value for key, value in values.items()}
+
+
+def sliced(values: Mapping[str, Any], compute: int, gigabytes: int) -> dict[str, Any]:
+    """One instance of a partitioned GPU (MIG): so many of its seven compute slices, and a part of its memory."""
+    whole = values["memory"]
+    memory = min(float(gigabytes) * 1e9, whole or math.inf)
+    share = {"bf16_flops": compute / 7, "fp32_flops": compute / 7, "bandwidth": memory / whole if whole else 1.0}
+    less = {key: part * values[key] for key, part in share.items() if values[key] is not None}
+    return {**values, "memory": memory, **less}
 
 
 def _speed(key: str, value: Any, links: Mapping[str, float]) -> float:

@@ -121,6 +121,10 @@ def test_a_shared_directory(monkeypatch, slurm, tmp_path):
         (finding,) = checkup.shared_directory(shared)
         assert finding.level == level, finding
         assert level == "ok" or "do not see it" in finding.found
+    monkeypatch.setattr(checkup, "ANSWER", 0.2)
+    slurm(srun="exec sleep 60")
+    (finding,) = checkup.shared_directory(shared)
+    assert finding.level == "wrong" and "not every node answers within" in finding.found
 
 
 def test_partitions_and_logins(monkeypatch, tmp_path):

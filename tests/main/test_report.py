@@ -6,7 +6,7 @@ import shutil
 
 import browser
 import pytest
-from test_tracking import records
+from offline import records
 
 NASTY = '<script>alert("x")</script> & "quotes" سلام می‌روم'
 EVENTS = [

@@ -8,7 +8,7 @@ import browser
 import pytest
 import yaml
 from matrix import overrides
-from test_tracking import records
+from offline import records
 
 RATES = ("0.001", "0.01", "1e+30")  # the last one breaks the numbers
 BEST = "01-0.01"

@@ -2,12 +2,12 @@
 
 import json
 import socket
-import struct
 import textwrap
 import threading
 
 import pytest
 from matrix import overrides
+from offline import history, records
 
 SECRETS = {"HF_TOKEN": "hf_5ecret", "OPENAI_API_KEY": "sk-5ecret", "SOME_PASSWORD": "pa55word"}
 TALKER = '''
@@ -25,26 +25,6 @@ TALKER = '''
 
     socket.socket.connect = connect
 '''
-
-
-def records(file):
-    """The records of a .wandb file: a LevelDB log (32 KiB blocks of checksum, length, kind, data) of protobufs."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, place, parts = file.read_bytes(), 7, []  # after the file's own header
-    assert data[:4] == b":W&B"
-    while place + 7 <= len(data):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", data, place + 4)
-        parts.append(data[place + 7 : place + 7 + length])
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(b"".join(parts))
-            parts = []
-            yield record
 
 
 @pytest.fixture
@@ -107,11 +87,7 @@ def the_offline_run_has_it_all(run_dir):
     assert header.display_name == "tomato.1"
     config = {item.key: json.loads(item.value_json) for item in header.config.update}
     assert config["train"]["learning_rate"] == 0.004 and config["strategy"]["name"] == "full"
-    logged = [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in everything
-        if record.HasField("history")
-    ]
+    logged = history(file)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     assert [row["loss"] for row in logged if "loss" in row] == [row["loss"] for row in rows if "loss" in row]
     assert [row["_step"] for row in logged if "loss" in row] == [1, 2, 3, 4, 5, 6]

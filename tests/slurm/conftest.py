@@ -55,16 +55,16 @@ def words(small):
 
 
 @pytest.fixture(scope="session")
-def local(run, words, tmp_path_factory):
+def local(forks, words, tmp_path_factory):
     """`local("full", "zero2")`: the same run of two processes on this machine. Made once."""
     made = {}
 
     def local(strategy, engine):
         if (strategy, engine) not in made:
-            run_dir = tmp_path_factory.mktemp("local") / "run"
             here = ("cluster.processes=2", "cluster.oversubscribe=true")
-            done = run("train", *words, f"strategy={strategy}", f"engine={engine}", *here, f"run_dir={run_dir}")
-            assert done.status == 0, done
+            run_dir = tmp_path_factory.mktemp("local") / "run"
+            forks.freeze(run_dir, *words, f"strategy={strategy}", f"engine={engine}", *here)
+            assert forks.start(run_dir) == [0, 0]
             made[strategy, engine] = run_dir
         return made[strategy, engine]
 

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from offline import history, records
+
 SCRIPT = Path(__file__).parents[2] / "slurm" / "cluster.sh"
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 WAIT = 240  # seconds for anything; what comes is a matter of seconds on a quiet machine
@@ -95,9 +97,14 @@ def ranks(run_dir):
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if (process / "cmdline").read_bytes().endswith(b"-m\0ftdist.worker\0%s\0" % bytes(run_dir)):
-                variables = dict(v.split(b"=", 1) for v in (process / "environ").read_bytes().split(b"\0") if b"=" in v)
-                found[int(process.name)] = variables[b"SLURMD_NODENAME"].decode()
+                found[int(process.name)] = variables(process.name)["SLURMD_NODENAME"]
     return found
+
+
+def variables(pid):
+    """Of a process' environment."""
+    words = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 @contextlib.contextmanager
@@ -115,6 +122,21 @@ def held(run_dir, cluster, steps=5, count=2):
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def wandb_has(run_dir, over=False):
+    """One W&B run in the offline files, over every start: each step once, as metrics.jsonl has it.
+
+    over: steps after the last checkpoint were trained twice, with the same numbers.
+    """
+    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+    assert len(files) == len(events(run_dir, "job")) > 1
+    headers = [record.run for file in files for record in records(file) if record.HasField("run")]
+    assert {header.run_id for header in headers} == {json.loads((run_dir / "plan.json").read_text())["id"]}
+    told = [(row["_step"], row["loss"]) for file in files for row in history(file) if "loss" in row]
+    kept = [(row["step"], row["loss"]) for row in rows(run_dir) if "loss" in row]
+    assert (sorted(set(told)) if over else told) == kept
+    assert [step for step, _ in kept] == list(range(1, 31))
 
 
 MEASURED = ("tokens_per_second", "memory_gib")

@@ -6,14 +6,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from nodes import NODES, events, held, ranks, rows, same, steps_done, until
+from nodes import NODES, events, held, ranks, rows, same, steps_done, until, variables, wandb_has
 
 from ftdist import rundir
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 TRACKERS = ("linuxproc", "cgroup")
 REPOSITORY = Path(__file__).parents[2]
-PLENTY = "cluster.signal_seconds=60"
 
 
 @pytest.fixture(params=TRACKERS)
@@ -44,13 +43,15 @@ def finished(on_slurm, cluster, run_dir):
 def test_time_limit(on_slurm, tracked, words, local, tmp_path):
     """Saved before the limit, and back into the queue; under both trackers the signal kills nobody."""
     run_dir = tmp_path / "run"
-    submit(on_slurm, tracked, run_dir, *words, "engine=zero2", *NODES, "cluster.time=0:02:00", PLENTY)
+    keys = ("engine=zero2", *NODES, "cluster.time=0:03:00", "cluster.signal_seconds=30", "tracking=wandb")
+    submit(on_slurm, tracked, run_dir, *words, *keys)
     with held(run_dir, tracked):
         until(lambda: (run_dir / "stop.json").exists(), say=lambda: tracked.log(run_dir))
     said = finished(on_slurm, tracked, run_dir)
     assert "time limit: back into the queue" in said
     assert [event["reason"] for event in events(run_dir, "requeue")] == ["time limit"]
     same(run_dir, local("full", "zero2"))
+    wandb_has(run_dir)
 
 
 def test_signal_to_every_process(on_slurm, tracked, words, local, tmp_path):
@@ -92,8 +93,7 @@ def test_zero3_requeued_by_the_controller(on_slurm, tracked, words, local, tmp_p
     finished(on_slurm, tracked, run_dir)
     assert [start["restart"] for start in events(run_dir, "job")] == [0, 1]
     same(run_dir, local("full", "zero3"))
-    ids = {file.name.rpartition("-")[2] for file in (run_dir / "wandb").glob("offline-run-*")}
-    assert ids == {rundir.read_json(run_dir / "plan.json")["id"]}
+    wandb_has(run_dir, over=True)
 
 
 def test_a_killed_rank(on_slurm, tracked, words, tmp_path):
@@ -156,18 +156,28 @@ def test_a_killed_daemon(on_slurm, clusters, words, local, tmp_path):
         four.script("start", node)
 
 
-def test_a_cut_network(on_slurm, clusters, words, local, tmp_path):
-    """A node that nobody hears of: its ranks wait in a collective for ever, the job goes on elsewhere."""
+@pytest.mark.parametrize("which", ["first", "other"])
+def test_a_cut_network(on_slurm, clusters, words, local, tmp_path, which):
+    """A node that nobody hears of, but that still has the run's directory: the job goes on elsewhere, to its end.
+
+    What lives on there writes nothing: the first node's ranks and batch process, or the other one's ranks.
+    """
     three = clusters(NODES=3, SEPARATE="net")
     run_dir = tmp_path / "run"
     job = submit(on_slurm, three, run_dir, *words, "engine=zero2", *NODES, "cluster.interface=eth0")
-    with held(run_dir, three) as places:
-        other = next(node for node in places.values() if node != three.first(job))
-        three.script("cut", other)
+    with held(run_dir, three) as old:
+        lost = next(node for node in old.values() if (node == three.first(job)) == (which == "first"))
+        alone = [pid for pid, node in old.items() if node == lost]
+        three.script("cut", lost)
+        until(lambda: ranks(run_dir).keys() - old.keys(), say=lambda: three.log(run_dir))
+        assert all(Path(f"/proc/{pid}").exists() for pid in alone)
     finished(on_slurm, three, run_dir)
-    three.script("heal", other)
-    assert [start["restart"] for start in events(run_dir, "job")] == [0, 1]
     same(run_dir, local("full", "zero2"))
+    three.script("heal", lost)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old))
+    same(run_dir, local("full", "zero2"))
+    assert [start["restart"] for start in events(run_dir, "job")] == [0, 1]
+    until(lambda: three.ask("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() == "3")
 
 
 def test_a_node_that_does_not_see_the_run(on_slurm, clusters, words, tmp_path):
@@ -196,7 +206,10 @@ def test_two_jobs_on_a_node(on_slurm, clusters, words, local, tmp_path):
     more = ("cluster.prepare=job", "cluster.prepare_cpus=1", "cluster.prepare_memory=1G", "cluster.network_check=1")
     for run_dir in runs:
         submit(on_slurm, one, run_dir, *keys, *more)
-    until(lambda: all(steps_done(run_dir) for run_dir in runs), say=lambda: "".join(map(one.log, runs)))
+    with held(runs[0], one) as first, held(runs[1], one) as second:  # both are in the middle of training
+        assert {*first.values(), *second.values()} == set(one.nodes)
+        ports = [{variables(pid)["MASTER_PORT"] for pid in found} for found in (first, second)]
+        assert [len(found) for found in ports] == [1, 1] and ports[0] != ports[1]
     for run_dir in runs:
         said = finished(on_slurm, one, run_dir)
         assert "network check: passed" in said
@@ -217,17 +230,18 @@ def test_no_progress(on_slurm, cluster, words, tmp_path):
 
 
 def test_by_sbatch_itself(execute, cluster, words, local, tmp_path):
-    """sbatch slurm/train.sbatch: the same run, requeued in between."""
+    """sbatch slurm/train.sbatch: the same run, requeued at its time limit."""
+    odd = tmp_path / """a "path"'s $x"""
+    odd.mkdir()
     given = [word for word in words if not word.startswith("cluster")]
-    options = ("--parsable", "--nodes=2", "--mem=3G", f"--output={tmp_path}/log", "--signal=B:USR1@60")
+    options = ("--parsable", "--nodes=2", "--mem=3G", "--time=3", f"--output={tmp_path}/log", "--signal=B:USR1@30")
     done = execute("sbatch", *options, REPOSITORY / "slurm" / "train.sbatch", *given, "engine=zero2",
-                   cwd=tmp_path, env=cluster.environment)  # fmt: skip
+                   cwd=odd, env=cluster.environment)  # fmt: skip
     assert done.status == 0, done
-    until(lambda: any((tmp_path / "runs").glob("job-*")), say=lambda: (tmp_path / "log").read_text())
-    (run_dir,) = (tmp_path / "runs").iterdir()
+    until(lambda: any((odd / "runs").glob("job-*")), say=lambda: (tmp_path / "log").read_text())
+    (run_dir,) = (odd / "runs").iterdir()
     with held(run_dir, cluster):
-        cluster.ask("scancel", "--batch", "--signal=USR1", done.stdout.strip())
-        until(lambda: (run_dir / "stop.json").exists())
+        until(lambda: (run_dir / "stop.json").exists(), say=lambda: (tmp_path / "log").read_text())
     until(lambda: "run: " in (tmp_path / "log").read_text(), say=lambda: (tmp_path / "log").read_text())
-    assert len(events(run_dir, "requeue")) == 1 and len(rows(run_dir)) > 30
+    assert [event["reason"] for event in events(run_dir, "requeue")] == ["time limit"] and len(rows(run_dir)) > 30
     same(run_dir, local("full", "zero2"))

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from nodes import NODES, events, held, same, steps_done, until
+from nodes import NODES, events, held, same, steps_done, until, wandb_has
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
 
+ODD = """it's a "path" with $x, 100% `odd`"""
 COMMENT = 'a "b" $HOME `id` #x'
 
 
@@ -24,7 +25,8 @@ def state(on_slurm, cluster, run_dir):
 def test_pre_empted_on_two_nodes(on_slurm, cluster, words, local, tmp_path):
     """A more important job takes the nodes: it saves, waits, goes on, and ends as two processes on one machine do."""
     run_dir = tmp_path / "run"
-    train = ("train", *words, "engine=zero2", *NODES, f"run_dir={run_dir}", "cluster.partition=low")
+    keys = ("engine=zero2", *NODES, "cluster.partition=low", "tracking=wandb")
+    train = ("train", *words, *keys, f"run_dir={run_dir}")
     submitted = on_slurm(cluster, *train)
     assert submitted.status == 0 and submitted.run_dir == run_dir, submitted
     job = job_of(run_dir)
@@ -33,7 +35,7 @@ def test_pre_empted_on_two_nodes(on_slurm, cluster, words, local, tmp_path):
         running = state(on_slurm, cluster, run_dir)
         assert (running["state"], running["job"], running["steps"]) == ("running", job, 30)
         on_slurm(cluster, *train).refused(f"its job {job} is running")
-        urgent = ("--partition=main", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 2")
+        urgent = ("--partition=main", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
         cluster.ask("sbatch", *urgent)
         until(lambda: (run_dir / "stop.json").exists(), say=lambda: cluster.log(run_dir))
     until(lambda: events(run_dir, "requeue"), say=lambda: cluster.log(run_dir))
@@ -47,15 +49,19 @@ def test_pre_empted_on_two_nodes(on_slurm, cluster, words, local, tmp_path):
     assert events(run_dir, "resume")[0]["step"] == again["step"]
     assert state(on_slurm, cluster, run_dir)["state"] == "done"
     same(run_dir, local("full", "zero2"))
+    wandb_has(run_dir)
 
 
 def test_stopped_by_its_user(on_slurm, cluster, words, tmp_path):
     """`ftdist stop` saves and leaves the job ended; one that waits is taken out of the queue."""
-    run_dir, waiting = tmp_path / "run", tmp_path / "waiting"
+    odd = tmp_path / ODD
+    odd.mkdir()
+    run_dir, waiting = odd / "run", odd / "waiting"
     one = ("cluster=slurm", "cluster.processes=1", "cluster.memory=2G", "engine=single", "train.max_steps=5000")
-    on_slurm(cluster, "train", *words, *one, f"run_dir={run_dir}")
-    later = on_slurm(cluster, "train", *words, *one, f"run_dir={waiting}", "cluster.sbatch.begin=now+1hour",
-                     f"cluster.sbatch.comment='{COMMENT}'")  # fmt: skip
+    begun = on_slurm(cluster, "train", *words, *one, "run_dir=run", cwd=odd)
+    assert begun.status == 0 and begun.run_dir == run_dir, begun
+    later = on_slurm(cluster, "train", *words, *one, "run_dir=waiting", "cluster.sbatch.begin=now+1hour",
+                     f"cluster.sbatch.comment='{COMMENT}'", cwd=odd)  # fmt: skip
     assert f"Comment={COMMENT} " in cluster.ask("scontrol", "show", "job", "--oneliner", job_of(waiting))
     assert state(on_slurm, cluster, waiting)["state"] == "queued", later
     assert "out of the queue" in on_slurm(cluster, "stop", waiting).stdout

@@ -1,15 +1,30 @@
 """What surrounds a job, without a SLURM: times, names of GPUs, checks of nodes, words for states."""
 
+import itertools
 import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
+import yaml
+from nodes import SCRIPT, until
 
-from ftdist import batch, follow, preflight, rundir
+from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops, submit
+from ftdist import job as job_module
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
+from ftdist.job import conclude
 from ftdist.plan import hardware
 
+REPOSITORY = Path(__file__).parents[2]
 VALUES = {"name": "auto", "match": None, "memory": None, "capability": None, "price_per_hour": 2.0}
 
 
@@ -49,7 +64,7 @@ def test_memory_that_is_none():
 
 def test_a_script_is_of_whole_lines():
     text = slurm.script({"comment": "a 'b' $HOME", "requeue": True}, ["export A=1"], ["python", "x y"])
-    assert "#SBATCH --requeue\n" in text and text.endswith("exec python 'x y'\n")
+    assert "#SBATCH --requeue\n" in text and "exec python 'x y')" in text
     for value in ("a\nb", "a\rb", "a\x00"):
         with pytest.raises(UserError, match="comment="):
             slurm.script({"comment": value}, [], ["true"])
@@ -137,3 +152,483 @@ def test_options_that_the_plan_would_not_know_of(key):
     with pytest.raises(UserError, match=rf"cluster\.sbatch\.{key}=2: .*use the key of `cluster`"):
         slurm.refuse_own({"nice": 100, key: 2})
     slurm.refuse_own({"nice": 100})
+
+
+# --- a job's own process ---------------------------------------------------------------------------
+
+LISTENS = """
+import pathlib, sys, time
+from ftdist import batch
+here = pathlib.Path(sys.argv[1])
+(here / "up").touch()
+while not (here / "go").exists(): time.sleep(0.01)
+batch.listen()
+while not batch._signals: time.sleep(0.01)
+print(*batch._signals, flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("signal_first", "lines"), [(False, []), (True, ["kill -TERM $$", "false"])])
+def test_a_signal_that_comes_too_early(signal_first, lines, tmp_path):
+    """Before the batch process listens, or while the lines before it run, one of which it may have broken."""
+    text = slurm.script({}, lines, [sys.executable, "-c", LISTENS, str(tmp_path)])
+    script = subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until((tmp_path / "up").exists)
+    if not signal_first:
+        script.send_signal(signal.SIGUSR1)  # bash has told nobody yet when the process begins to listen
+    (tmp_path / "go").touch()
+    said, _ = script.communicate(timeout=60)
+    assert script.returncode == 7 and said.split()[0] == ("SIGTERM" if signal_first else "SIGUSR1"), said
+
+
+def test_a_line_that_fails_ends_the_job():
+    text = slurm.script({}, ["false", "echo on"], ["echo", "began"])
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    text = slurm.script({}, ["true"], ["bash", "-c", "echo began; exit 93"])
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (93, "began\n")
+
+
+def test_train_sbatch_is_such_a_script():
+    text = (REPOSITORY / "slurm" / "train.sbatch").read_text()
+    assert slurm.KEEPS in text and text.endswith(slurm.BEGINS % 'python3 -m ftdist.batch words "$@"')
+
+
+@pytest.fixture
+def in_a_job(tmp_path, monkeypatch):
+    """A job of one node whose SLURM answers nothing; the batch process' part of it."""
+    monkeypatch.setattr(slurm, "hosts", lambda nodes: [nodes])
+    monkeypatch.setattr(slurm, "left", lambda number: None)
+    monkeypatch.setattr(slurm, "address", lambda node: node)
+    monkeypatch.setattr(slurm, "binds", lambda: False)
+    monkeypatch.setattr(batch, "_signals", [])
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    for name, value in {"SLURM_JOB_NODELIST": "node1", "FTDIST_LEASE": "", "FTDIST_GRACE": ""}.items():
+        monkeypatch.setenv(name, value)
+    token = lease.take(tmp_path).token
+    cluster = yaml.safe_load((REPOSITORY / "conf" / "cluster" / "slurm.yaml").read_text())
+    config = {"cluster": cluster | {"processes": 1, "gpus": 0}, "health": {"grace_seconds": 1}}
+    job = batch.Job(tmp_path, config, "7", token)
+    monkeypatch.setattr(job, "preflight", lambda: ("node1", 20000))
+    return job
+
+
+def says(job, message, status=1):
+    rank = {"rank": 0, "time": time.time(), "message": message, "status": status, "log": "", "lease": str(job.token)}
+    rundir.write_json(job.run_dir / "logs" / "rank-0.error.json", rank)
+    return status
+
+
+def torch_s_words():
+    import torch.distributed as dist
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        try:
+            dist.TCPStore("127.0.0.1", other.getsockname()[1], 2, is_master=True)
+        except dist.DistNetworkError as failure:
+            return f"DistNetworkError: {failure}"
+
+
+def test_a_port_that_is_taken_meanwhile(in_a_job, monkeypatch, capsys):
+    """Another one, and not for ever; any other failure is not the port's."""
+    words, starts = torch_s_words(), []
+
+    def ranks(command, **_):
+        starts.append(command)
+        if len(starts) < 3:
+            return says(in_a_job, words)
+        rundir.write_json(in_a_job.run_dir / "outcome.json", {"status": 0})
+        return 0
+
+    monkeypatch.setattr(in_a_job, "follow", ranks)
+    in_a_job.start()
+    assert len(starts) == 3
+    assert capsys.readouterr().out.count("the port was taken meanwhile") == 2
+    starts.clear()
+    monkeypatch.setattr(in_a_job, "follow", lambda command, **_: starts.append(command) or says(in_a_job, words))
+    with pytest.raises(Failed, match="EADDRINUSE"):
+        in_a_job.start()
+    assert len(starts) == batch.ATTEMPTS
+    starts.clear()
+    monkeypatch.setattr(in_a_job, "follow", lambda command, **_: starts.append(command) or says(in_a_job, "a bug"))
+    with pytest.raises(Failed, match="a bug"):
+        in_a_job.start()
+    assert len(starts) == 1
+
+
+# --- a controller that is away ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """A configuration of SLURM whose controller is not there."""
+    if shutil.which("scontrol") is None:
+        pytest.skip("no SLURM here")
+    (tmp_path / "slurm.conf").write_text(
+        "ClusterName=none\nSlurmctldHost=here(127.0.0.1)\nSlurmctldPort=1\nAuthType=auth/none\nMessageTimeout=2\n"
+        "NodeName=node1 NodeAddr=127.0.0.1\nPartitionName=main Nodes=node1\n"
+    )
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+
+
+def test_the_words_of_a_controller_that_is_away(nobody):
+    with pytest.raises(slurm.Away):
+        slurm.requeue("7")
+    with pytest.raises(slurm.Away, match="is the controller up"):
+        slurm.node_state("node1")
+
+
+def away(*_):
+    raise slurm.Away("away")
+
+
+def test_a_rank_s_error_while_nobody_answers(in_a_job, monkeypatch):
+    """It is the job's last word, with its own status: what is asked about nodes afterwards hides nothing."""
+    monkeypatch.setattr(slurm, "command", away)
+    monkeypatch.setattr(slurm, "PATIENCE", 0)
+    failure = Failed("rank 0: a bug", 1)
+    assert in_a_job.verdict(failure) == (failure, None)
+    in_a_job.ended(failure)
+    assert launcher.outcome_of(in_a_job.run_dir)["reason"] == "rank 0: a bug"
+
+
+def test_a_requeue_waits_for_the_controller(tmp_path, monkeypatch, capsys):
+    """As long as the job has time, then the last line says what to do."""
+    asked = []
+
+    def at_last(*_):
+        asked.append(1)
+        return subprocess.CompletedProcess([], 0, "", "") if len(asked) > 4 else away()
+
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(slurm, "command", at_last)
+    assert batch.requeue(tmp_path, "7", "time limit", 200.0) == 75 and len(asked) == 5
+    said = capsys.readouterr()
+    assert said.out.count("away") == 1 and not said.err
+    monkeypatch.setattr(slurm, "command", away)
+    assert batch.requeue(tmp_path, "7", "time limit", 200.0) == 75
+    assert f"not requeued (away); go on with: ftdist resume {tmp_path}" in capsys.readouterr().err
+
+
+# --- ftdist stop -----------------------------------------------------------------------------------
+
+HOLDS = "import pathlib, signal, sys; from ftdist import lease; lease.take(pathlib.Path(sys.argv[1])); signal.pause()"
+
+
+@pytest.mark.parametrize(("files", "word"), [([rundir.CLAIM], "preparing"), (["config.yaml", "final/x"], "evaluating")])
+def test_stopping_what_reads_no_requests(files, word, tmp_path):
+    """A run of this machine that prepares or evaluates: its process is told."""
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)])
+    try:
+        until((tmp_path / "lease.json").exists)
+        assert follow.stop(tmp_path) == f"ended while {word}"
+        assert process.wait(60) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_request_outlives_the_beginning_of_the_start_that_it_was_made_to(tmp_path):
+    stops.request(tmp_path, "of an earlier start")
+    token = lease.take(tmp_path).token
+    assert stops.requested(tmp_path) is None
+    stops.request(tmp_path, "mine")
+    rundir.forget_last_start(tmp_path)  # what the ranks' start does
+    assert stops.requested(tmp_path) == "mine"
+    lease.release(tmp_path, token)
+
+
+def test_a_job_that_has_not_begun_is_cancelled(tmp_path, monkeypatch):
+    """SLURM says RUNNING, and its batch process has not taken the run yet: it would not see a request."""
+    (tmp_path / "config.yaml").touch()
+    rundir.write_json(tmp_path / "job.json", {"job": "7", "prepare": None, "submitted": time.time()})
+    cancelled = []
+    monkeypatch.setattr(follow.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm, "jobs", lambda ids: job("RUNNING"))
+    monkeypatch.setattr(slurm, "cancel", cancelled.extend)
+    known = {"JobId": "7", "Restarts": "1"}
+    monkeypatch.setattr(slurm, "show", lambda number: known)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    lease.take(tmp_path)  # by the start before this one
+    assert "out of the queue" in follow.stop(tmp_path) and cancelled == ["7"]
+    known["Restarts"] = "0"
+    assert "asked to stop" in follow.stop(tmp_path) and cancelled == ["7"]
+    assert stops.requested(tmp_path) == follow.STOP
+
+
+# --- GPUs of a partition ---------------------------------------------------------------------------
+
+MIXED = "gpu*|intel,a100|gpu:A100:4(S:0-1)\ngpu*|amd,h100|gpu:h100:8,shard:h100:32\ngpu*|amd,h100|gpu:h100:4\n"
+
+
+@pytest.fixture
+def sinfo(monkeypatch):
+    """`sinfo(rows)`: what SLURM says of every partition."""
+
+    def sinfo(rows):
+        slurm.partition_gpus.cache_clear()
+        monkeypatch.setattr(slurm.shutil, "which", lambda name: name)
+        monkeypatch.setattr(slurm, "command", lambda *words, **_: subprocess.CompletedProcess(words, 0, rows, ""))
+
+    yield sinfo
+    slurm.partition_gpus.cache_clear()
+
+
+def node(**keys):
+    given = {"processes": "auto", "oversubscribe": False, "partition": "gpu", "constraint": None, "gpus": "auto"}
+    found = slurm.resolved(**given | {"gpu_type": None, "cpu": False, "known": False} | keys)
+    return found["gpus"], found["processes"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "least"),
+    [
+        (MIXED, {"A100": 4, "h100": 4}),
+        ("gpu*|x|gpu:4\ngpu*|x|gpu:2(S:0)\n", {"": 2}),
+        ("cpu*|x|(null)\ncpu*|x|gpu:a100\n", {"a100": 1}),
+        ("gpu*|x|gpu:1g.10gb:7,gpu:a100_3g.20gb:2\n", {"1g.10gb": 7, "a100_3g.20gb": 2}),
+        ("cpu*|x|(null)\ncpu*|x|craynetwork:4\n", {}),
+    ],
+)
+def test_kinds_of_gpu(sinfo, rows, least):
+    sinfo(rows)
+    assert slurm.partition_gpus("gpu") == least
+
+
+def test_a_partition_of_several_kinds(sinfo):
+    """The plan has to know which: it is told, or refuses with what there is."""
+    sinfo(MIXED)
+    for keys in ({}, {"gpus": 4}, {"gpus": 4, "processes": 4, "known": True}):
+        with pytest.raises(UserError, match=r"partition=gpu has several .*A100 \(4 on a node\), h100 \(4 on a node\)"):
+            node(**keys)
+    assert node(gpu_type="a100") == (4, 4) and node(constraint="h100&amd") == (4, 4)
+    assert node(constraint="intel|ib") == (4, 4) and node(gpus=0, cpu=True) == (0, 1)
+    with pytest.raises(UserError, match=r"cluster.gpu_type=v100: .*A100 \(4 on a node\)"):
+        node(gpu_type="v100")
+    sinfo("gpu*|x|gpu:8\ngpu*|x|(null)\n")
+    assert node() == (8, 8) and node(processes=2) == (2, 2)
+
+
+def test_a_slice_of_a_gpu(sinfo):
+    """One of it, and its own memory, whatever the card has."""
+    sinfo("mig*|x|gpu:a100_1g.5gb:7\n")
+    assert node() == (1, 1)
+    with pytest.raises(UserError, match="a100_1g.5gb is a slice of a GPU"):
+        node(gpus=2)
+    whole = hardware.elsewhere(VALUES | {"bf16_flops": None, "fp32_flops": None, "bandwidth": None}, "a100_1g.5gb")
+    part = hardware.sliced(whole, 1, 5)
+    assert part["name"] == "a100" and part["memory"] == 5e9 and part["bf16_flops"] == whole["bf16_flops"] / 7
+    cluster = {"gpus": 1, "gpu_type": "3g.40gb", "partition": None, "constraint": None, "memory": None}
+    named = forecast._in_queue({**whole, "host_memory": None, "name": "a100"}, cluster)
+    assert named["memory"] == 40e9
+
+
+# --- IPv6 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1")])
+def test_ports_that_somebody_has(family, address):
+    """Of either kind: torch listens at both."""
+    try:
+        other = socket.create_server((address, 0), family=family)
+    except OSError:
+        pytest.skip(f"no {address} here")
+    with other:
+        port = other.getsockname()[1]
+        assert not preflight._free(port)
+    assert preflight._free(port)
+
+
+def test_ranks_that_meet_over_ipv6(tmp_path):
+    """In a network that has nothing else."""
+    alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && ip addr del 127.0.0.1/8 dev lo && exec "$@"', "sh"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no network of its own to be had")
+    ranks = """
+        import os, pathlib, sys
+        rank = 0 if os.fork() else 1
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        from ftdist import preflight
+        status = preflight.as_rank(pathlib.Path(sys.argv[1]), 0.0)
+        sys.exit(status or (os.waitstatus_to_exitcode(os.wait()[1]) if rank == 0 else 0))
+    """
+    (tmp_path / "logs").mkdir()
+    place = {"MASTER_ADDR": "::1", "MASTER_PORT": "20001", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*alone, sys.executable, "-c", textwrap.dedent(ranks), str(tmp_path)], capture_output=True,
+                          text=True, env=os.environ | place, timeout=120)  # fmt: skip
+    assert done.returncode == 0 and "GB/s a rank" in done.stdout, done
+
+
+# --- ftdist logs, and what is left behind ----------------------------------------------------------
+
+
+def test_a_local_run_s_logs_are_in_the_order_of_its_steps(tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()
+    for step in range(1, 5):
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "loss": 1.0}) + "\n")
+    for name, step in (("start", 0), ("checkpoint", 2), ("resume", 2), ("finished", 4)):
+        rundir.record(tmp_path, None, name, step)
+    follow.logs(tmp_path, follow=False)
+    said = [re.sub(r"^\d\d:\d\d:\d\d | ·.*", "", line) for line in capsys.readouterr().out.splitlines()]
+    ends = "checkpoint at step 2", "resume at step 2", "step 3", "step 4", "finished at step 4"
+    assert said == ["start at step 0", "step 1", "step 2", *ends]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_whoever_follows_a_job(number, tmp_path, monkeypatch):
+    """`cluster.wait=true` and `ftdist logs --follow`: the run goes on, and that is what is said."""
+    monkeypatch.setattr(follow, "_logs", lambda *_: os.kill(os.getpid(), number) or time.sleep(60))
+    with pytest.raises(Failed, match="the run goes on") as failure:
+        follow.logs(tmp_path, follow=True)
+    assert failure.value.status == 130
+
+
+def test_an_evaluation_s_end_is_the_run_s(tmp_path):
+    """What was trained stays; how the evaluation went, now and later, is in outcome.json and in `ftdist status`."""
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "final").mkdir()
+    rundir.write_json(tmp_path / "outcome.json", {"outcome": "finished", "reason": None, "step": 30, "status": 0})
+    token = lease.take(tmp_path).token
+
+    def ends(failure):
+        def end():
+            raise failure
+
+        with pytest.raises(type(failure)):
+            conclude(tmp_path, token, end)
+        lease.release(tmp_path, token)
+        found = words(tmp_path, {}), launcher.outcome_of(tmp_path)["status"]
+        assert launcher.outcome_of(tmp_path)["step"] == 30
+        return found
+
+    assert ends(Failed("stopped (SIGTERM)", 75)) == (("stopped", "evaluation: stopped (SIGTERM)"), 75)
+    token = lease.take(tmp_path).token
+    assert ends(RuntimeError("a bug")) == (("failed", "evaluation: a bug"), 1)
+    token = lease.take(tmp_path).token
+    conclude(tmp_path, token, lambda: None)
+    lease.release(tmp_path, token)
+    assert words(tmp_path, {})[0] == "done" and launcher.outcome_of(tmp_path)["outcome"] == "finished"
+
+
+def test_a_number_that_is_another_process_by_now(tmp_path):
+    """cluster.sh kills its own daemons alone."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "settings").write_text("SEPARATE=none\nTRACK=linuxproc\nNODES=1\nNAME=node\n")
+    other = subprocess.Popen(["sleep", "600"])
+    try:
+        for name in ("slurmd.node1", "slurmctld", "munged"):
+            (tmp_path / "run" / f"{name}.pid").write_text(f"{other.pid}\n")
+        environment = os.environ | {"CLUSTER": str(tmp_path)}
+        lost = subprocess.run([SCRIPT, "lose", "node1"], env=environment, capture_output=True, text=True)
+        assert lost.returncode == 1 and "node1 has no daemon" in lost.stderr
+        assert subprocess.run([SCRIPT, "down"], env=environment).returncode == 0
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+# --- the keys of `cluster` -------------------------------------------------------------------------
+
+CLUSTER = yaml.safe_load((REPOSITORY / "conf" / "cluster" / "slurm.yaml").read_text()) | {"gpus": 0, "processes": 1}
+RENDERED = {
+    "nodes": (3, "--nodes=3"),
+    "job_name": ("a b", "--job-name='a b'"),
+    "account": ("me", "--account=me"),
+    "partition": ("gpu,long", "--partition=gpu,long"),
+    "qos": ("it's", """--qos='it'"'"'s'"""),
+    "constraint": ("a100&ib|h100", "--constraint='a100&ib|h100'"),
+    "reservation": ("mon", "--reservation=mon"),
+    "time": ("1-00:00:00", "--time=1-00:00:00"),
+    "gpus": (8, "--gpus-per-node=8"),
+    "cpus": (64, "--cpus-per-task=64"),
+    "memory": ("200G", "--mem=200G"),
+    "exclusive": (True, "--exclusive"),
+    "mail_type": ("END,FAIL", "--mail-type=END,FAIL"),
+    "mail_user": ("me@here", "--mail-user=me@here"),
+    "signal_seconds": (300, "--signal=B:USR1@300"),
+    "sbatch": ({"nice": 100, "no_kill": True, "comment": "$x"}, "--comment='$x'"),
+}
+
+
+def script(run_dir=Path("/runs/one"), **keys):
+    job_module.check_cluster(CLUSTER | keys)
+    return submit.text(run_dir, CLUSTER | keys)
+
+
+@pytest.mark.parametrize("key", RENDERED)
+def test_what_sbatch_is_told(key):
+    value, line = RENDERED[key]
+    assert f"#SBATCH {line}\n" in script(**{key: value})
+    if not isinstance(value, (dict, int)):
+        for bad in ("a\nb", "a\x1bb"):
+            with pytest.raises(UserError, match=rf"^cluster\.{key}='a\\"):
+                script(**{key: bad})
+
+
+def test_nothing_that_was_not_said_is_told():
+    told = {line.split("=")[0].split("--")[1] for line in script().splitlines() if line.startswith("#SBATCH")}
+    assert told == {"job-name", "nodes", "ntasks-per-node", "signal", "requeue", "open-mode", "output"}
+    assert "#SBATCH --gres=gpu:h100:8\n" in script(gpus=8, gpu_type="h100", gpu_option="gres")
+    assert "#SBATCH --gpus-per-node=h100:8\n" in script(gpus=8, gpu_type="h100")
+    assert slurm.array(8, array_throttle=2) == "0-7%2" and slurm.array(8, array_throttle=None) == "0-7"
+    prepares = submit.preparation(
+        Path("/runs/one"), CLUSTER | {"gpus": 8, "exclusive": True, "prepare_partition": "cpu"}
+    )
+    assert "--partition=cpu\n" in prepares and "gpus" not in prepares and "--exclusive" not in prepares
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("acount", "me"), ("gpu_option", "gpus"), ("signal_seconds", 0), ("cpus", 0), ("exclusive", "maybe"),
+     ("modules", 3), ("prepare", "there"), ("max_requeues", -1), ("network_check", -1), ("array_throttle", 0),
+     ("preflight_seconds", 0), ("wrapper", "apptainer")],
+)  # fmt: skip
+def test_keys_that_cannot_be_meant(key, value):
+    with pytest.raises(UserError, match=rf"cluster\.{key}"):
+        script(**{key: value})
+
+
+def test_what_comes_before_the_program(tmp_path):
+    """Modules, variables and lines, through a shell, with whatever is in them."""
+    odd = """it's "$HOME" `id` \\ #x"""
+    keys = {"modules": ["cuda/12 x", "gcc"], "environment": {"ODD": odd, "NUMBER": 2}, "setup": ['echo "set $NUMBER"']}
+    before = slurm.setup(**keys)
+    text = slurm.script({}, ["module() { printf '<%s>' \"$@\"; }", *before], ["sh", "-c", 'printf %s "$ODD"'])
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert done.stdout == f"<load><cuda/12 x><load><gcc>set 2\n{odd}" and done.returncode == 0, done
+    for name, value in (("modules", ["a\nb"]), ("environment", {"A": "a\nb"}), ("setup", ["a\nb"])):
+        with pytest.raises(UserError, match=rf"cluster\.{name}.*line breaks"):
+            script(**{name: value})
+
+
+def test_the_program_in_a_container(in_a_job):
+    job = in_a_job
+    keys = {"container_image": "nv#x y.sqsh", "container_mounts": "/a:/a", "wrapper": [], "python": "/opt/python"}
+    job.more, job.before = slurm.in_task(**keys)
+    command = job.task("ftdist.node", "one")
+    assert command[-6:] == ["--container-image=nv#x y.sqsh", "--container-mounts=/a:/a", "/opt/python", "-m",
+                            "ftdist.node", "one"]  # fmt: skip
+    keys = {
+        "container_image": None,
+        "container_mounts": None,
+        "wrapper": ["apptainer", "exec", "i.sif"],
+        "python": None,
+    }
+    job.more, job.before = slurm.in_task(**keys)
+    assert job.task("ftdist.node")[-6:] == ["apptainer", "exec", "i.sif", sys.executable, "-m", "ftdist.node"]
+
+
+def test_logs_in_odd_directories():
+    assert "--output='/a 100%% b/logs/job-%j.log'" in script(Path("/a 100% b"))
+    with pytest.raises(UserError, match="backslash"):
+        script(Path("/a\\b"))
