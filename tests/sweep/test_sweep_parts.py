@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from ftdist import compose, stops
+from ftdist import compose, lease, stops
 from ftdist.errors import Failed, UserError
 from ftdist.sweep import directory, keys, local, objective, rank
 from ftdist.sweep.directory import Member
@@ -292,6 +292,9 @@ def search(tmp_path, monkeypatch):
             head = {"name": "s", "words": ["seed=7"], "sweep": SEARCH | changes, "seed": 7, "directory": "."}
             directory.write(sweep_dir, head, [], [])
         source = Search(sweep_dir)
+        with lease.locked(sweep_dir):
+            source.catch_up()
+        directory.reopen(sweep_dir, directory.unfinished(sweep_dir))
         for _ in range(count):
             name = source.take()
             if name is None:
@@ -334,6 +337,55 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(search):
     assert directory.members(search("parts", 99)) == whole
     other = directory.members(search("other", 5, direction="maximize"))
     assert other[:4] == whole[:4]  # by chance, from the same seed
+
+
+class Killed(BaseException):
+    """What no code of ours answers to."""
+
+
+def test_a_search_that_is_killed_at_any_write_ends_as_one_that_was_not(search, monkeypatch):
+    """Before and after everything that it puts on the disk: no trial is lost, none is there twice, the order is the
+    same."""
+    from optuna.storages.journal import JournalFileBackend
+
+    from ftdist import rundir
+
+    keys = {"trials": 5, "random_trials": 2, "prune_from": 1}
+    whole, count, last = search("whole", 99, **keys), 0, None
+    expected = rank.results(whole)
+    assert {row["state"] for row in expected} == {"finished", "pruned"}
+    with monkeypatch.context() as patched:
+
+        def counted(write):
+            def wrapped(*values):
+                nonlocal count
+                count += 1
+                if count == last:
+                    raise Killed
+                done = write(*values)
+                count += 1
+                if count == last:
+                    raise Killed
+                return done
+
+            return wrapped
+
+        for owner, name in ((rundir, "write_json"), (rundir, "write_yaml"), (JournalFileBackend, "append_logs"),
+                            (stops, "request")):  # fmt: skip
+            patched.setattr(owner, name, counted(getattr(owner, name)))
+        search("counted", 99, **keys)
+        for last in range(count - 7, 6, -7):  # the folder is there with the sixth
+            count = 0
+            with pytest.raises(Killed):
+                search(f"killed{last}", 99, **keys)
+            reached, count = count, -(10**6)
+            assert reached == last
+            sweep_dir = search(f"killed{last}", 0)
+            rows = rank.results(search(f"killed{last}", 99))
+            assert [(row["name"], row["state"], row["objective"]) for row in rows] == [
+                (row["name"], row["state"], row["objective"]) for row in expected
+            ], last
+            assert directory.unfinished(sweep_dir) == []
 
 
 def test_a_trial_that_failed_stays_open_and_is_tried_again(search, tmp_path):
