@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import textwrap
 
@@ -249,6 +250,70 @@ def test_the_end_of_the_time_starts_no_other_member(sweep, monkeypatch):
     monkeypatch.setenv(stops.STARTED, "0")
     assert sweep("end('finished', 0)").run(until="1s") == "train_until=1s"
     assert set(sweep.states().values()) == {"waiting"}
+
+
+PLAYED = """
+    from ftdist.sweep import local
+    asked, file, shot = [], sweep / name / "metrics.jsonl", sweep / "shot"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.append(1))
+    with local.present(sweep):
+        for step in range(len(file.read_text().splitlines()) if file.exists() else 0, 8):
+            if asked: end("stopped", 75, "saved")
+            if name == "02" and step == 4 and not shot.exists():
+                shot.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            with file.open("a") as out: print(json.dumps({"step": step, "eval_loss": 20 - step - int(name)}), file=out)
+            time.sleep(0.02)  # the work of a step
+        directory.ended(sweep, name, 0, None, 1.0)
+"""
+
+
+def test_a_sweep_that_is_killed_again_and_again(sweep):
+    """The sweep's own process by SIGKILL and Ctrl-C, each as soon as so many steps are done, and once a member.
+
+    Each resume comes at once. Every step of every member is done once, and the order is that of an untouched sweep.
+    """
+    from ftdist.sweep import start
+
+    names = ("00", "01", "02", "03")
+    sweep(PLAYED, names=names, parallel=2)
+    config = {"cluster": {"name": "local", "nodes": 1, "processes": 1, "oversubscribe": True}, "train_until": None}
+    for name in names:
+        directory.configure(sweep.dir, name, config)
+
+    def begin():
+        child = os.fork()
+        if child:
+            return child
+        status = 99
+        try:
+            start.go_on(sweep.dir, [])
+            status = 0
+        except Failed as failure:
+            status = failure.status
+        finally:
+            os._exit(status)
+
+    def steps():
+        return sum(file.read_text().count("\n") for file in sweep.dir.glob("*/metrics.jsonl"))
+
+    for until, number, expected in ((2, signal.SIGKILL, -9), (8, signal.SIGINT, 130), (14, signal.SIGKILL, -9),
+                                    (22, signal.SIGKILL, -9)):  # fmt: skip
+        child = begin()
+        while steps() < until:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), sweep.states()
+        os.kill(child, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == expected, sweep.states()
+    last = [os.waitstatus_to_exitcode(os.waitpid(begin(), 0)[1]) for _ in range(2)]
+    assert last[1] == 0 and (sweep.dir / "shot").exists()
+    rows = rank.results(sweep.dir)
+    assert [(row["name"], row["state"], row["objective"]) for row in rows] == [
+        (name, "finished", 20.0 - 7 - int(name)) for name in reversed(names)
+    ]
+    for name in names:
+        done = [json.loads(line)["step"] for line in (sweep.dir / name / "metrics.jsonl").open()]
+        assert done == list(range(8)), name
 
 
 def test_devices_are_shared_out(monkeypatch):
