@@ -80,6 +80,11 @@ def _note(number: int, _: FrameType | None) -> None:
     _signals.append(signal.Signals(number).name)
 
 
+def told_to_end() -> bool:
+    """Whether the scheduler has sent this process a signal; in a sweep, nothing else is begun then."""
+    return bool(_signals)
+
+
 def prepare(run_dir: Path) -> int:
     """Data and everything else that the ranks read, from the configuration that was asked for."""
     from ftdist import job
@@ -135,15 +140,18 @@ def newest(run_dir: Path) -> int | None:
 
 
 def fruitless(run_dir: Path, number: str) -> int:
-    """How often, up to now, this job has been started with no newer checkpoint than the start before it had."""
-    starts = []
+    """How often, up to now, SLURM has started this job with no newer checkpoint than the start before it had.
+
+    What a sweep tries again inside one such start (`sweep.retries`) is not counted.
+    """
+    starts: dict[int, int | None] = {}
     for line in (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
             event = json.loads(line)
             if event["event"] == "job" and event["job"] == number:
-                starts.append(event["step"])
+                starts.setdefault(event["restart"], event["step"])
     now, count = newest(run_dir), 0
-    for step in reversed(starts):
+    for step in reversed(starts.values()):
         if step != now:
             break
         count += 1

@@ -46,13 +46,7 @@ def from_words(run_dir: Path, words: list[str]) -> int:
                 f"{word}: cannot change in a run that has begun; what can: {', '.join(CHANGEABLE)}, {MICRO_BATCH}"
             )
     if words:
-        given = [word.partition("=")[0] for word in words]
-        kept = [f"{group}={config[group]['name']}" for group in ("engine", "cluster") if group not in given]
-        if config["engine"].get("nvme_path") and "engine" not in given:
-            kept.append(f"engine.nvme_path={config['engine']['nvme_path']}")
-        (composed,) = compose.compose("train", [*kept, *words])
-        for key in given:
-            _set(config, key, _at(composed, key))
+        reword(config, words)
     if config["cluster"]["name"] == "slurm":
         from ftdist import submit
 
@@ -61,6 +55,17 @@ def from_words(run_dir: Path, words: list[str]) -> int:
         return submit.again(run_dir, config)
     resume(run_dir, config)
     return OK
+
+
+def reword(config: dict[str, Any], words: list[str]) -> None:
+    """Set what overrides say in a configuration that is resolved already. UserError for those that mean nothing."""
+    given = [word.partition("=")[0] for word in words]
+    kept = [f"{group}={config[group]['name']}" for group in ("engine", "cluster") if group not in given]
+    if config["engine"].get("nvme_path") and "engine" not in given:
+        kept.append(f"engine.nvme_path={config['engine']['nvme_path']}")
+    (composed,) = compose.compose("train", [*kept, *words])
+    for key in given:
+        _set(config, key, _at(composed, key))
 
 
 def resume(run_dir: Path, wanted: dict[str, Any]) -> None:

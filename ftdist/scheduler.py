@@ -367,6 +367,13 @@ def jobs(ids: Sequence[str]) -> dict[str, Job]:
     return found
 
 
+def job_of(script: Path) -> str | None:
+    """The job in the queue that a batch script has become; of an array, the array's."""
+    done = command("squeue", "--noheader", "--format=%F|%o")
+    found = [line.split("|", 1) for line in done.stdout.splitlines()]
+    return next((number.strip() for number, path in found if path.strip() == str(script)), None)
+
+
 def show(job: str) -> dict[str, str]:
     """`scontrol show job`: its fields; nothing for a job that is unknown, or when SLURM does not answer."""
     try:

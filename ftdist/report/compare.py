@@ -91,12 +91,13 @@ def differing(runs: list[Run]) -> dict[str, dict[str, Any]]:
 def took(run: Run, seconds: float | None) -> dict[str, float | None]:
     """`seconds device_peak_bytes tokens_per_second cost` of a run as far as they are known.
 
-    seconds: that the whole run took, start-up and evaluation too, if somebody has measured it.
+    seconds: that its starts took, start-up and evaluation too, if somebody has measured it; without those that were
+    killed, which only the run's own events know.
     """
     measured = run.plan.get("measured") or {}
     speeds = sorted(row["tokens_per_second"] for row in run.steps if row.get("tokens_per_second"))
     peaks = [row["memory_gib"] for row in run.steps if row.get("memory_gib")]
-    seconds = seconds or _working(run.events)
+    seconds = max((known for known in (seconds, _working(run.events)) if known), default=None)
     price = (run.config.get("hardware") or {}).get("price_per_hour")
     devices = (run.plan.get("processes") or 0) * (run.plan.get("nodes") or 0)
     return {

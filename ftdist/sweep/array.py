@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -54,6 +55,23 @@ def freeze(sweep_dir: Path, names: list[str]) -> None:
                 lease.release(run_dir, token)
 
 
+def would_start(sweep_dir: Path, sweep: dict[str, Any], clusters: list[dict[str, Any]]) -> list[str]:
+    """When SLURM would start each array, in its own words. UserError if it never would. Nothing is left.
+
+    clusters: of each member; of a search any number, all the same.
+    """
+    counts = Counter(json.dumps(cluster, sort_keys=True) for cluster in clusters)
+    if sweep["name"] == "search":
+        counts = Counter({key: min(sweep["parallel"], sweep["trials"]) for key in counts})
+    said = []
+    for cluster, count in counts.items():
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder, slurm.SCRIPT)
+            script.write_text(text(sweep_dir, json.loads(cluster), "member", count, "0"), encoding="utf-8")
+            said.append(slurm.test_only(script))
+    return said
+
+
 def queue(sweep_dir: Path, names: list[str]) -> None:
     """Submit these members: one array for all that want the same of SLURM."""
     by_cluster: dict[str, list[str]] = {}
@@ -63,10 +81,6 @@ def queue(sweep_dir: Path, names: list[str]) -> None:
     for text, own in by_cluster.items():
         cluster = json.loads(text)
         number = _submitted(sweep_dir, cluster, "member", len(own), own)
-        for index, name in enumerate(own):
-            told = {"job": f"{number}_{index}", "prepare": None, "submitted": time.time()}
-            rundir.write_json(sweep_dir / name / follow.JOB, told)
-            directory.mark(sweep_dir, name, owner=f"{number}_{index}")
         print(f"array job {number} is in the queue: {len(own)} member{'s' * (len(own) > 1)}", flush=True)
 
 
@@ -86,9 +100,52 @@ def _submitted(sweep_dir: Path, cluster: dict[str, Any], verb: str, count: int, 
     rundir.write_json(folder / f"{array}.json", told)  # before the job can start
     script = folder / f"{array}.sbatch"
     script.write_text(text(sweep_dir, cluster, verb, count, array), encoding="utf-8")
-    number = slurm.submit(script)
-    rundir.write_json(folder / f"{array}.json", {**told, "job": number})
+    try:
+        number = slurm.submit(script)
+    except UserError:
+        (folder / f"{array}.json").unlink()
+        raise
+    _known(folder / f"{array}.json", number)
     return number
+
+
+def _known(file: Path, number: str) -> None:
+    """Write down which job an array has become, for the sweep and for each member."""
+    told = rundir.read_json(file)
+    rundir.write_json(file, {**told, "job": number})
+    for index, name in enumerate(told["members"]):
+        _tell_job(file.parent.parent / name, f"{number}_{index}")
+
+
+def _tell_job(run_dir: Path, number: str) -> None:
+    rundir.write_json(run_dir / follow.JOB, {"job": number, "prepare": None, "submitted": time.time()})
+
+
+def owners(sweep_dir: Path) -> dict[str, str]:
+    """Member → the job that has it, or had it last; those that had none are left out."""
+    found = {}
+    for told in _arrays(sweep_dir):
+        for index, name in enumerate(told["members"]):
+            found[name] = f"{told['job']}_{index}"
+    for member in directory.members(sweep_dir):
+        if owner := directory.state(sweep_dir, member.name).owner:
+            found[member.name] = owner
+    return found
+
+
+def _arrays(sweep_dir: Path) -> list[dict[str, Any]]:
+    """`job count members` of every array that was submitted, in order.
+
+    One whose submission was killed before it could write the job's number down is found by its script.
+    """
+    found = []
+    for file in sorted((sweep_dir / ARRAYS).glob("*.json"), key=lambda file: int(file.stem)):
+        told = rundir.read_json(file)
+        if "job" not in told and (number := slurm.job_of(file.with_suffix(".sbatch"))):
+            _known(file, number)
+            told = rundir.read_json(file)
+        found += [told] if "job" in told else []
+    return found
 
 
 def text(sweep_dir: Path, cluster: dict[str, Any], verb: str, count: int, array: str) -> str:
@@ -97,22 +154,9 @@ def text(sweep_dir: Path, cluster: dict[str, Any], verb: str, count: int, array:
     return submit.text(sweep_dir, cluster, verb, array, array=indices)
 
 
-def test(sweep_dir: Path, configs: list[dict[str, Any]]) -> None:
-    """Say whether and when SLURM could start the arrays; nothing is left."""
-    clusters = Counter(json.dumps(config["cluster"], sort_keys=True) for config in configs)
-    for cluster, count in clusters.items():
-        with tempfile.TemporaryDirectory() as folder:
-            script = Path(folder, slurm.SCRIPT)
-            script.write_text(text(sweep_dir, json.loads(cluster), "member", count, "0"), encoding="utf-8")
-            print(slurm.test_only(script))
-
-
 def active(sweep_dir: Path) -> dict[str, slurm.Job]:
     """The jobs of this sweep that wait or run, by number: members' and workers' alike."""
-    numbers = []
-    for file in sorted((sweep_dir / ARRAYS).glob("*.json")):
-        known = rundir.read_json(file)
-        numbers += [f"{known['job']}_{index}" for index in range(known["count"])] if "job" in known else []
+    numbers = [f"{told['job']}_{index}" for told in _arrays(sweep_dir) for index in range(told["count"])]
     return {name: known for name, known in slurm.jobs(numbers).items() if known.active}
 
 
@@ -147,14 +191,13 @@ def wait(sweep_dir: Path, ended: Callable[[str, directory.State], None]) -> str 
 
 def mark_dead(sweep_dir: Path) -> None:
     """Members whose job has ended without a word have failed."""
-    states = {member.name: directory.state(sweep_dir, member.name) for member in directory.members(sweep_dir)}
-    owners = {
-        name: state.owner
-        for name, state in states.items()
-        if state.state in (directory.WAITING, directory.RUNNING) and state.owner
+    left = {
+        name: owner
+        for name, owner in owners(sweep_dir).items()
+        if directory.state(sweep_dir, name).state in (directory.WAITING, directory.RUNNING)
     }
-    known = slurm.jobs(list(owners.values()))
-    for name, owner in owners.items():
+    known = slurm.jobs(list(left.values()))
+    for name, owner in left.items():
         ended = known.get(owner)
         if ended is not None and ended.state in DEAD:
             reason = f"job {owner}: {ended.state} {ended.reason}".strip()
@@ -169,7 +212,9 @@ def member(sweep_dir: Path, array: str) -> int:
     names = rundir.read_json(sweep_dir / ARRAYS / f"{array}.json")["members"]
     name = names[int(os.environ["SLURM_ARRAY_TASK_ID"])]
     status = trained(sweep_dir, name, None)
-    rank.settled(sweep_dir, name, directory.state(sweep_dir, name))
+    if not taken_over(sweep_dir / name):
+        wanted = directory.read(sweep_dir)["sweep"]["objective"]
+        rank.settled(sweep_dir / name, directory.state(sweep_dir, name), wanted)
     return status
 
 
@@ -181,22 +226,39 @@ def worker(sweep_dir: Path, array: str) -> int:
     os.chdir(asked["directory"])  # relative paths of the configurations
     source = search.Search(sweep_dir, owner=_own_number(), alive=_is_active)
     print(f"worker {os.environ['SLURM_ARRAY_TASK_ID']} of array {array}", flush=True)
-    while not stops.requested(sweep_dir) and (name := source.take()) is not None:
+    while not told_to_end(sweep_dir) and (name := source.take()) is not None:
         try:
             if not (sweep_dir / name / "config.yaml").is_file():
                 freeze(sweep_dir, [name])
         except UserError as failure:
             source.ended(name, directory.mark(sweep_dir, name, state=directory.FAILED, reason=str(failure)))
             continue
-        told = {"job": _own_number(), "prepare": None, "submitted": time.time()}
-        rundir.write_json(sweep_dir / name / follow.JOB, told)
-        trained(sweep_dir, name, lambda name=name: source.look(name))  # type: ignore[misc]  # default binds it
+        _tell_job(sweep_dir / name, _own_number())
+        status = trained(sweep_dir, name, lambda name=name: source.look(name))  # type: ignore[misc]  # default binds it
+        if taken_over(sweep_dir / name):  # SLURM has given this worker up, and started it elsewhere
+            return status
         source.ended(name, directory.state(sweep_dir, name))
+        if told_to_end(sweep_dir):
+            return status
     return OK
 
 
+def told_to_end(sweep_dir: Path) -> bool:
+    """Whether nothing else is to be begun here: SLURM wants this job's end, or somebody the sweep's."""
+    return batch.told_to_end() or stops.requested(sweep_dir) is not None
+
+
+def taken_over(run_dir: Path) -> bool:
+    """Whether another process has this run by now: what became of it is not ours to say."""
+    holder = lease.read(run_dir)
+    return holder is not None and (holder.host, holder.pid) != (socket.gethostname(), os.getpid())
+
+
 def _is_active(number: str) -> bool:
-    return any(known.active for known in slurm.jobs([number]).values())
+    try:
+        return any(known.active for known in slurm.jobs([number]).values())
+    except UserError:  # who does not answer has not said that it is gone
+        return True
 
 
 def _own_number() -> str:
@@ -213,13 +275,16 @@ def trained(sweep_dir: Path, name: str, look: Callable[[], None] | None) -> int:
         os.dup2(log, stream)
     retries = directory.read(sweep_dir)["sweep"]["retries"]
     while True:
-        before, began = directory.state(sweep_dir, name), time.time()
-        directory.mark(sweep_dir, name, state=directory.RUNNING, reason=None, attempts=before.attempts + 1)
+        began = time.time()
+        directory.begins(sweep_dir, name)
         status, reason = _once(run_dir, look)
-        after = directory.ended(sweep_dir, name, status, reason, time.time() - began)
-        if status != FAILED or after.retries >= retries:
+        if taken_over(run_dir):
+            print(f"ftdist: {reason}", flush=True)
             return status
-        directory.mark(sweep_dir, name, retries=after.retries + 1)
+        after = directory.ended(sweep_dir, name, status, reason, time.time() - began)
+        if status != FAILED or after.retries >= retries or told_to_end(sweep_dir):
+            return status
+        directory.again(sweep_dir, name)
         print(f"retry {after.retries + 1} of {retries}", flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,30 @@ def fit_together(plans: list[dict[str, Any]], parallel: int, configs: list[dict[
         if configs[0]["must_fit"]:
             raise UserError(f"{words}; use fewer, or must_fit=false")
         print(f"warning: {words}", flush=True)
+
+
+def fit_on_disk(plans: list[dict[str, Any]], trials: int | None, sweep_dir: Path, must_fit: bool) -> None:
+    """UserError if the disk cannot hold a checkpoint and the final model of each member; a warning if not all kept.
+
+    plans: of each member; of a search of examples, the largest of which stands for each of its `trials`.
+    """
+    count = trials or len(plans)
+    least = [plan["disk_bytes"]["final"] + plan["checkpoint_bytes"] + plan["disk_bytes"]["fisher"] for plan in plans]
+    most = [size + plan["disk_bytes"]["checkpoints"] for size, plan in zip(least, plans, strict=True)]
+    if trials:
+        least, most = [max(least)] * count, [max(most)] * count
+    place = next(folder for folder in sweep_dir.parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free >= sum(most):
+        return
+    words = (f"{text.gigabytes(free)} free for {count} members, {text.gigabytes(sum(least))} needed for a checkpoint "
+             f"and the final model of each, {text.gigabytes(sum(most))} with all checkpoints that are kept; use "
+             "another disk (sweep_dir=DIR), fewer members, or checkpoint.keep_last=1")  # fmt: skip
+    if free < sum(least) and must_fit:
+        raise UserError(
+            f"sweep_dir={sweep_dir}: the disk is too small: {words} (must_fit=false starts it all the same)"
+        )
+    print(f"warning: the disk: {words}", flush=True)
 
 
 def prepared(configs: list[dict[str, Any]], wanted: str) -> None:

@@ -8,11 +8,13 @@ SWEEP/NAME/                its run directory
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ class State:
     attempts: int = 0
     retries: int = 0  # of these, after failures and since the sweep was last started
     seconds: float = 0.0  # of all starts
-    owner: str | None = None  # the job of SLURM that has it
+    owner: str | None = None  # of a trial in SLURM: the job that has it
     since: float = 0.0  # when this was written, or the running start began
 
 
@@ -92,22 +94,33 @@ def write(sweep_dir: Path, asked: dict[str, Any], members: list[Member], configs
     rundir.write_yaml(sweep_dir / FILE, {**asked, "members": [asdict(member) for member in members]})
 
 
-def add(sweep_dir: Path, member: Member, config: dict[str, Any]) -> None:
-    """One more member, of a search. Several processes may do it at once."""
-    with lease.locked(sweep_dir):
-        asked = read(sweep_dir)
-        rundir.write_yaml(sweep_dir / FOLDER / f"{member.name}.yaml", config)
-        rundir.write_yaml(sweep_dir / FILE, {**asked, "members": [*asked["members"], asdict(member)]})
+def add(sweep_dir: Path, member: Member) -> None:
+    """One more member, of a search; for whoever has the sweep's lock. How it is to run is written after it."""
+    asked = read(sweep_dir)
+    rundir.write_yaml(sweep_dir / FILE, {**asked, "members": [*asked["members"], asdict(member)]})
 
 
-def change(sweep_dir: Path, sweep: dict[str, Any]) -> None:
-    """Other values of `sweep`, from now on."""
+def is_configured(sweep_dir: Path, name: str) -> bool:
+    """Whether it is written down how a member is to run."""
+    return (sweep_dir / FOLDER / f"{name}.yaml").is_file()
+
+
+def configure(sweep_dir: Path, name: str, config: dict[str, Any]) -> None:
+    """Write down how a member is to run."""
+    rundir.write_yaml(sweep_dir / FOLDER / f"{name}.yaml", config)
+
+
+def change(sweep_dir: Path, **values: Any) -> None:
+    """Other values of what the sweep was asked for, from now on."""
     with lease.locked(sweep_dir):
-        rundir.write_yaml(sweep_dir / FILE, {**read(sweep_dir), "sweep": sweep})
+        rundir.write_yaml(sweep_dir / FILE, {**read(sweep_dir), **values})
 
 
 def read(sweep_dir: Path) -> dict[str, Any]:
-    """sweep.yaml: `name words sweep members …`. UserError if it is not there or not whole."""
+    """sweep.yaml: `name words later sweep members …`. UserError if it is not there or not whole.
+
+    words: overrides that all share; later: those that a resume has added.
+    """
     import yaml
 
     file = sweep_dir / FILE
@@ -119,7 +132,7 @@ def read(sweep_dir: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read ({' '.join(str(failure).split())[:160]})")
     if not isinstance(found, dict) or not {"words", "sweep", "members"} <= set(found):
         raise UserError(f"{file}: no sweep's file (words, sweep, members are wanted in it)")
-    return found
+    return {"later": [], **found}
 
 
 def members(sweep_dir: Path) -> list[Member]:
@@ -143,18 +156,41 @@ def state(sweep_dir: Path, name: str) -> State:
         return State()
 
 
+def locked(sweep_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock of what is known of the members. Nothing else is locked while it is held."""
+    return lease.locked(sweep_dir / FOLDER)
+
+
+def _changed(sweep_dir: Path, name: str, change: Callable[[State], dict[str, Any]]) -> State:
+    with locked(sweep_dir):
+        before = state(sweep_dir, name)
+        after = replace(before, **{"since": time.time(), **change(before)})
+        rundir.write_json(sweep_dir / FOLDER / f"{name}.json", asdict(after))
+    return after
+
+
 def mark(sweep_dir: Path, name: str, **values: Any) -> State:
-    """Write down what is new about a member."""
-    changed = State(**{**asdict(state(sweep_dir, name)), **values, "since": time.time()})
-    rundir.write_json(sweep_dir / FOLDER / f"{name}.json", asdict(changed))
-    return changed
+    """Write down what is new about a member. Several processes may do it at once."""
+    return _changed(sweep_dir, name, lambda _: values)
+
+
+def begins(sweep_dir: Path, name: str) -> State:
+    """Write down that a member is started, or gone on with."""
+    return _changed(sweep_dir, name, lambda before: {"state": RUNNING, "reason": None, "status": None,
+                                                     "attempts": before.attempts + 1})  # fmt: skip
+
+
+def again(sweep_dir: Path, name: str) -> State:
+    """Write down that a member which has failed is to be started once more."""
+    return _changed(sweep_dir, name, lambda before: {"retries": before.retries + 1})
 
 
 def ended(sweep_dir: Path, name: str, status: int, reason: str | None, seconds: float) -> State:
     """Write down how a start of a member has ended. seconds: that it took."""
     words = {errors.OK: FINISHED, errors.STOPPED: STOPPED, errors.INTERRUPTED: STOPPED}
-    total = state(sweep_dir, name).seconds + seconds
-    return mark(sweep_dir, name, state=words.get(status, FAILED), status=status, reason=reason, seconds=total)
+    word = words.get(status, FAILED)
+    return _changed(sweep_dir, name, lambda before: {"state": word, "status": status, "reason": reason,
+                                                     "seconds": before.seconds + seconds})  # fmt: skip
 
 
 def unfinished(sweep_dir: Path) -> list[str]:

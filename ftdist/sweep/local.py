@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from ftdist.errors import FAILED, INTERRUPTED, STOPPED, UserError
 from ftdist.sweep import directory
 
 LOGS = "logs"
+ALIVE = ".alive"  # SWEEP/members/.alive: locked, shared, by every member's process for as long as it lives
 LOOK = 0.25  # seconds between two looks at the members
 
 
@@ -102,7 +104,7 @@ def run(
                 free.append(member.share)
                 state = settled(sweep_dir, member.name, member.process.returncode, bool(asked))
                 if state.state == directory.FAILED and state.status == FAILED and state.retries < retries and not asked:
-                    directory.mark(sweep_dir, member.name, retries=state.retries + 1)
+                    directory.again(sweep_dir, member.name)
                     print(f"{member.name}: failed, retry {state.retries + 1} of {retries}: {state.reason}", flush=True)
                     again.append(member.name)
                 else:
@@ -120,10 +122,9 @@ def _start(sweep_dir: Path, name: str, share: Share, alone: bool) -> Running:
     environment = dict(os.environ)
     if share.gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
-    attempts = directory.state(sweep_dir, name).attempts + 1
-    directory.mark(sweep_dir, name, state=directory.RUNNING, reason=None, status=None, attempts=attempts)
+    directory.begins(sweep_dir, name)
     words = command(sweep_dir, name)
-    prepare = partial(_child, share.cores)
+    prepare = partial(_child, share.cores, os.getpid())
     if alone:
         return Running(
             name, subprocess.Popen(words, env=environment, start_new_session=True, preexec_fn=prepare), share
@@ -137,16 +138,36 @@ def _start(sweep_dir: Path, name: str, share: Share, alone: bool) -> Running:
     return Running(name, process, share)
 
 
-def _child(cores: tuple[int, ...] | None) -> None:
+def _child(cores: tuple[int, ...] | None, parent: int) -> None:
     launcher.end_with_parent()
+    if os.getppid() != parent:  # it was killed before that was said
+        os._exit(STOPPED)
     if cores:
         os.sched_setaffinity(0, cores)
+
+
+@contextmanager
+def present(sweep_dir: Path) -> Iterator[None]:
+    """While open, another start of the sweep sees that a member's process lives."""
+    with (sweep_dir / directory.FOLDER / ALIVE).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def wait_for_earlier(sweep_dir: Path) -> None:
+    """Until the members of an earlier start that was killed have ended: each was asked to save by the kernel."""
+    with (sweep_dir / directory.FOLDER / ALIVE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("members of an earlier start still save; waiting until they have ended", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def settled(sweep_dir: Path, name: str, returncode: int, asked: bool) -> directory.State:
     """What became of a member whose process has ended; one that was killed could not write it down itself."""
     state = directory.state(sweep_dir, name)
-    if returncode >= 0 and state.state != directory.RUNNING:
+    if state.state != directory.RUNNING:
         return state
     if returncode in (STOPPED, INTERRUPTED) or (asked and returncode < 0):
         return directory.mark(sweep_dir, name, state=directory.STOPPED, status=STOPPED, reason="stopped")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ftdist import cli, job, resume, stops
 from ftdist.errors import FAILED, INTERRUPTED, OK, USAGE, Failed, UserError
-from ftdist.sweep import directory
+from ftdist.sweep import directory, local
 
 
 def main(sweep_dir: Path, name: str) -> int:
@@ -21,7 +21,13 @@ def main(sweep_dir: Path, name: str) -> int:
         os.environ[stops.STARTED] = began_all
     asked, began = directory.read(sweep_dir), time.time()
     (own,) = (entry["words"] for entry in asked["members"] if entry["name"] == name)
-    sys.argv = ["ftdist", "train", *asked["words"], *own]  # what env.json tells as the way to make this run again
+    sys.argv = [
+        "ftdist",
+        "train",
+        *asked["words"],
+        *own,
+        *asked["later"],
+    ]  # what env.json tells as the way to make this run again
     directory.mark(sweep_dir, name, state=directory.RUNNING, reason=None)
     status, reason = OK, None
     try:
@@ -50,4 +56,5 @@ def go(config: dict[str, object], run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    with local.present(Path(sys.argv[1])):
+        sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

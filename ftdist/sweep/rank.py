@@ -20,14 +20,13 @@ def results(sweep_dir: Path) -> list[dict[str, Any]]:
     sweep, rows = asked["sweep"], {}
     for entry in asked["members"]:
         name = entry["name"]
-        state = directory.state(sweep_dir, name)
-        value = objective.value(sweep_dir / name, sweep["objective"]) if state.state == directory.FINISHED else None
+        state = judged(sweep_dir / name, directory.state(sweep_dir, name), sweep["objective"])
         rows[name] = {
             "name": name,
             "words": entry["words"],
             "state": _word(sweep_dir / name, state),
             "reason": state.reason,
-            "objective": value,
+            "objective": value(sweep_dir / name, state, sweep["objective"]),
             "seconds": round(state.seconds, 1),
             "attempts": state.attempts,
         }
@@ -51,9 +50,8 @@ def table(rows: list[dict[str, Any]], name: str) -> str:
     head = ("", "member", "state", name, "time", "tries")
     lines = [head]
     for place, row in enumerate(rows, 1):
-        value = row["objective"]
-        ranked = value is not None
-        number = f"{value:.6g}" if ranked else "–"
+        ranked = row["objective"] is not None
+        number = f"{row['objective']:.6g}" if ranked else "–"
         time = duration(row["seconds"])
         lines.append((str(place) if ranked else "", row["name"], row["state"], number, time, str(row["attempts"])))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -67,16 +65,25 @@ def table(rows: list[dict[str, Any]], name: str) -> str:
     return "\n".join(line.rstrip() for line in [*shown, *reasons])
 
 
-def settled(sweep_dir: Path, name: str, state: directory.State) -> float | None:
-    """Say what has become of a member that has ended; its objective. One that recorded none has failed."""
-    wanted = directory.read(sweep_dir)["sweep"]["objective"]
-    value = objective.value(sweep_dir / name, wanted) if state.state == directory.FINISHED else None
-    if state.state == directory.FINISHED and value is None:
-        there = ", ".join(objective.seen(sweep_dir / name)) or "nothing"
-        reason = f"sweep.objective={wanted}: not among what it recorded: {there}"
-        state = directory.mark(sweep_dir, name, state=directory.FAILED, status=USAGE, reason=reason)
-    number = f", {wanted} {value:.6g}" if value is not None else ""
-    print(f"{name}: {state.state}{number}{f': {state.reason}' if state.reason else ''}", flush=True)
+def value(run_dir: Path, state: directory.State, wanted: str) -> float | None:
+    """The objective of a member that is finished."""
+    return objective.value(run_dir, wanted) if state.state == directory.FINISHED else None
+
+
+def judged(run_dir: Path, state: directory.State, wanted: str) -> directory.State:
+    """The state of a member by now: one that is finished, and has recorded no objective, has failed."""
+    if state.state != directory.FINISHED or value(run_dir, state, wanted) is not None:
+        return state
+    there = ", ".join(objective.seen(run_dir)) or "nothing"
+    reason = f"sweep.objective={wanted}: not among what it recorded: {there}"
+    return directory.mark(run_dir.parent, run_dir.name, state=directory.FAILED, status=USAGE, reason=reason)
+
+
+def settled(run_dir: Path, state: directory.State, wanted: str) -> None:
+    """Say what has become of a member that has ended."""
+    state = judged(run_dir, state, wanted)
+    found = value(run_dir, state, wanted)
+    number = f", {wanted} {found:.6g}" if found is not None else ""
+    print(f"{run_dir.name}: {state.state}{number}{f': {state.reason}' if state.reason else ''}", flush=True)
     if state.state == directory.FINISHED:
-        print(f"run: {sweep_dir / name}", flush=True)
-    return value
+        print(f"run: {run_dir}", flush=True)

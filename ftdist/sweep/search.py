@@ -9,7 +9,9 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ftdist.sweep import checks, directory, keys, objective, rank
 from ftdist.sweep.directory import Member, State
 
 JOURNAL = "trials.journal"
+LOOK = 1.0  # seconds between two looks for a trial whose owner is gone
 PRUNED = "pruned"  # begins the reason of a stop that the search asked for
 
 
@@ -36,14 +39,16 @@ def examples(asked: dict[str, Any]) -> list[dict[str, Any]]:
             "use sweep.pruner=none, or an objective of the evaluations while training (eval_loss)"
         )
     space = keys.space(sweep["space"])
-    for word in asked["words"]:
+    for word in (*asked["words"], *asked["later"]):
         if word.partition("=")[0].lstrip("+") in space:
             raise UserError(f"{word}: sweep.space has this key too; leave one of the two out")
     found = []
     for key, dimension in space.items():
         others = [keys.word(other, space[other].ends[0]) for other in space if other != key]
         values = [keys.word(key, value).partition("=")[2] for value in dimension.ends]
-        found += compose.compose("train", [*asked["words"], *others, f"{key}={','.join(values)}", "-m"])
+        found += compose.compose(
+            "train", [*asked["words"], *asked["later"], *others, f"{key}={','.join(values)}", "-m"]
+        )
     for config in found:
         config["run_dir"] = None
     return found
@@ -63,71 +68,165 @@ class Search:
         self.study = _study(sweep_dir, self.sweep)
 
     def take(self) -> str | None:
-        """The next trial: one that was begun and has nobody, else a new one; None when there were enough."""
-        with lease.locked(self.sweep_dir):
-            for member in directory.members(self.sweep_dir):
-                if self._has_nobody(directory.state(self.sweep_dir, member.name)):
-                    directory.mark(self.sweep_dir, member.name, state=directory.RUNNING, owner=self.owner)
-                    return member.name
+        """The next trial: one that was begun and has nobody, else a new one; None when there were enough.
+
+        It waits for one whose owner is gone, but not for so long that its processes are known to be.
+        """
         while True:
             with lease.locked(self.sweep_dir):
-                number = len(self.study.get_trials(deepcopy=False))
-                if number >= self.sweep["trials"]:
-                    return None
-                self.study.sampler = _sampler(self.asked["seed"], number, self.sweep["random_trials"])
-                trial = self.study.ask(_distributions(self.space))
-            words = [keys.word(key, _value(self.space[key], trial.params[key])) for key in self.space]
-            (name,) = directory.names([words], first=trial.number)
-            directory.mark(self.sweep_dir, name, state=directory.RUNNING, owner=self.owner)
-            try:
-                (config,) = compose.compose("train", [*self.asked["words"], *words])
-                checks.completed(config, self.asked, self.sweep_dir)
-                config["run_dir"] = str(self.sweep_dir / name)
-                job.ready(config)
-            except UserError as failure:  # a combination that the ends of the space did not show
-                self.study.tell(trial.number, state=TrialState.FAIL)
-                directory.add(self.sweep_dir, Member(name, words), {})
-                state = directory.mark(self.sweep_dir, name, state=directory.REFUSED, reason=str(failure))
-                rank.settled(self.sweep_dir, name, state)
-                continue
-            directory.add(self.sweep_dir, Member(name, words), config)
-            return name
+                self.catch_up()
+                member, dying = self._open()
+                member = member or self._new()
+                if member is not None:
+                    directory.mark(self.sweep_dir, member.name, state=directory.RUNNING, owner=self.owner)
+            if member is not None and self._configured(member):
+                return member.name
+            if member is None and (not dying or stops.requested(self.sweep_dir)):
+                return None
+            if member is None:
+                time.sleep(LOOK)
 
-    def _has_nobody(self, state: State) -> bool:
-        if state.state == directory.RUNNING and state.owner is not None:
-            return state.owner == self.owner or not self.alive(state.owner)
-        return state.state == directory.WAITING
+    def _open(self) -> tuple[Member | None, bool]:
+        """A trial that was begun and has nobody; whether there is one that will have nobody soon."""
+        dying = False
+        for member in directory.members(self.sweep_dir):
+            state = directory.state(self.sweep_dir, member.name)
+            if state.state == directory.WAITING:
+                return member, False
+            if state.state != directory.RUNNING or state.owner is None or self.owner is None:
+                continue
+            if state.owner == self.owner:  # of an earlier start of this job
+                return member, False
+            if not self.alive(state.owner):
+                if lease.living(self.sweep_dir / member.name) is None:
+                    return member, False
+                dying = True
+        return None, dying
+
+    def _new(self) -> Member | None:
+        """A trial that was not there before; None when there are enough."""
+        trials = self.study.get_trials()
+        if len(trials) >= self.sweep["trials"]:
+            return None
+        # Asked of a copy: the storage gets a trial whole or not at all, however this process ends.
+        copy = optuna.create_study(
+            direction=self.sweep["direction"],
+            sampler=_sampler(self.asked["seed"], len(trials), self.sweep["random_trials"]),
+        )
+        copy.add_trials(trials)
+        distributions = _distributions(self.space)
+        params = copy.ask(distributions).params
+        self.study.add_trial(
+            optuna.trial.create_trial(state=TrialState.RUNNING, params=params, distributions=distributions)
+        )
+        return self._added(len(trials), params)
+
+    def _added(self, number: int, params: dict[str, Any]) -> Member:
+        words = [keys.word(key, _value(self.space[key], params[key])) for key in self.space]
+        (name,) = directory.names([words], first=number)
+        directory.add(self.sweep_dir, member := Member(name, words))
+        return member
+
+    def catch_up(self) -> None:
+        """Do what a process was to do that was killed: list a trial that it took, tell the study what came out.
+
+        For whoever has the sweep's lock.
+        """
+        names = {_number(member.name): member.name for member in directory.members(self.sweep_dir)}
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.number not in names:
+                self._added(trial.number, trial.params)
+            elif not trial.state.is_finished():
+                self._told(names[trial.number], directory.state(self.sweep_dir, names[trial.number]))
+
+    def _configured(self, member: Member) -> bool:
+        """Write down how a trial is to run, where nobody has; whether it can."""
+        if directory.is_configured(self.sweep_dir, member.name):
+            return True
+        try:
+            (config,) = compose.compose("train", [*self.asked["words"], *self.asked["later"], *member.words])
+            checks.completed(config, self.asked, self.sweep_dir)
+            config["run_dir"] = str(self.sweep_dir / member.name)
+            job.ready(config)
+        except UserError as failure:  # a combination that the ends of the space did not show
+            state = directory.mark(self.sweep_dir, member.name, state=directory.REFUSED, reason=str(failure))
+            self.ended(member.name, state)
+            return False
+        directory.configure(self.sweep_dir, member.name, config)
+        return True
 
     def look(self, name: str) -> None:
         """Tell the pruner what a trial's evaluations said, and ask the trial to stop if it is poor."""
+        series = self._report(name)
+        if series and self._trial(name).should_prune() and not (self.sweep_dir / name / stops.REQUEST).exists():
+            stops.request(self.sweep_dir / name, f"{PRUNED}: {self.sweep['objective']} {series[-1][1]:.6g}")
+
+    def _report(self, name: str) -> list[tuple[int, float]]:
+        """Tell the study of the evaluations that it has not known until now; (step, value) of all."""
         trial = self._trial(name)
         known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        new = [
-            pair for pair in objective.series(self.sweep_dir / name, self.sweep["objective"]) if pair[0] not in known
-        ]
-        for step, value in new:
-            trial.report(value, step)
-        if new and trial.should_prune() and not (self.sweep_dir / name / stops.REQUEST).exists():
-            stops.request(self.sweep_dir / name, f"{PRUNED}: {self.sweep['objective']} {new[-1][1]:.6g}")
+        series = objective.series(self.sweep_dir / name, self.sweep["objective"])
+        for step, value in series:
+            if step not in known:
+                trial.report(value, step)
+        return series
 
     def ended(self, name: str, state: State) -> None:
         """Tell the study what came out. What failed or was stopped stays open there, until it is gone on with."""
-        run_dir = self.sweep_dir / name
+        with lease.locked(self.sweep_dir):
+            state = self._told(name, state)
+        rank.settled(self.sweep_dir / name, state, self.sweep["objective"])
+
+    def _told(self, name: str, state: State) -> State:
+        """The study knows what came out of a trial; its state by now. For whoever has the sweep's lock."""
         if state.state == directory.STOPPED and re.search(rf"(^|\(){PRUNED}: ", state.reason or ""):
-            self.look(name)
             state = directory.mark(self.sweep_dir, name, state=directory.PRUNED, reason=None)
+        wanted = self.sweep["objective"]
+        state = rank.judged(self.sweep_dir / name, state, wanted)
+        if state.state not in directory.DONE:
+            return state
+        number = _number(name)
+        if self.study.get_trials(deepcopy=False)[number].state.is_finished():
+            return state
+        if state.state == directory.REFUSED:
+            self.study.tell(number, state=TrialState.FAIL)
+            return state
+        if objective.while_training(wanted):
+            self._report(name)
+        if state.state == directory.PRUNED:
             if not self.sweep["keep_pruned"]:
-                shutil.rmtree(run_dir / checkpoint.FOLDER, ignore_errors=True)
-            self.study.tell(self._trial(name).number, state=TrialState.PRUNED)
-        value = rank.settled(self.sweep_dir, name, state)
-        if value is not None:
-            if objective.while_training(self.sweep["objective"]):
-                self.look(name)
-            self.study.tell(self._trial(name).number, value)
+                shutil.rmtree(self.sweep_dir / name / checkpoint.FOLDER, ignore_errors=True)
+            self.study.tell(number, state=TrialState.PRUNED)
+        else:
+            self.study.tell(number, rank.value(self.sweep_dir / name, state, wanted))
+        return state
 
     def _trial(self, name: str) -> optuna.trial.Trial:
-        number = int(name.partition("-")[0])
-        return optuna.trial.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+        return optuna.trial.Trial(self.study, self.study.get_trials(deepcopy=False)[_number(name)]._trial_id)
+
+
+def _number(name: str) -> int:
+    """A trial's number, with which its name begins."""
+    return int(name.partition("-")[0])
+
+
+class _Lock:
+    """The journal's: one that the kernel lets go of when its holder is killed. Optuna's own stands for 30 s more."""
+
+    def __init__(self, sweep_dir: Path) -> None:
+        self.sweep_dir = sweep_dir
+        self.held: AbstractContextManager[None] | None = None
+
+    def acquire(self) -> bool:
+        held = directory.locked(self.sweep_dir)
+        held.__enter__()
+        self.held = held
+        return True
+
+    def release(self) -> None:
+        assert self.held is not None
+        held, self.held = self.held, None
+        held.__exit__(None, None, None)
 
 
 def _study(sweep_dir: Path, sweep: dict[str, Any]) -> optuna.Study:
@@ -136,7 +235,7 @@ def _study(sweep_dir: Path, sweep: dict[str, Any]) -> optuna.Study:
     if sweep["pruner"] == "median":
         pruner = optuna.pruners.MedianPruner(n_startup_trials=sweep["prune_from"], n_warmup_steps=sweep["prune_after"])
     return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(sweep_dir / JOURNAL))),
+        storage=JournalStorage(JournalFileBackend(str(sweep_dir / JOURNAL), _Lock(sweep_dir))),  # type: ignore[arg-type]  # its base is private
         study_name="sweep",
         direction=sweep["direction"],
         pruner=pruner,

@@ -12,7 +12,9 @@ from ftdist.errors import FAILED, INTERRUPTED, STOPPED, Failed, UserError
 from ftdist.sweep import checks, directory, keys, local, rank
 from ftdist.sweep.directory import Member, State
 
-CHANGEABLE = ("sweep.parallel", "sweep.retries", "sweep.trials")
+CHANGEABLE = ("sweep.parallel", "sweep.retries", "sweep.trials")  # keys of the sweep that a resume may change
+RESOURCES = ("cluster", "checkpoint", "health", "train_until")  # of its members
+SHAPE = ("cluster.name", "cluster.nodes", "cluster.processes")  # but not these: the global batch is made of them
 
 
 class Source(Protocol):
@@ -30,6 +32,7 @@ class Grid:
 
     def __init__(self, sweep_dir: Path) -> None:
         self.sweep_dir = sweep_dir
+        self.wanted = directory.read(sweep_dir)["sweep"]["objective"]
         self.waiting = directory.unfinished(sweep_dir)
 
     def take(self) -> str | None:
@@ -39,7 +42,7 @@ class Grid:
         pass
 
     def ended(self, name: str, state: State) -> None:
-        rank.settled(self.sweep_dir, name, state)
+        rank.settled(self.sweep_dir / name, state, self.wanted)
 
 
 def start(made: compose.Composed, argv: list[str]) -> None:
@@ -60,6 +63,7 @@ def start(made: compose.Composed, argv: list[str]) -> None:
     asked = {
         "name": sweep_dir.name,
         "words": _common(argv, made.words),
+        "later": [],
         "sweep": sweep,
         "seed": first["seed"],
         "directory": str(Path.cwd()),
@@ -80,12 +84,12 @@ def start(made: compose.Composed, argv: list[str]) -> None:
     plans = checks.planned(configs)
     named = directory.names(made.words)
     checks.say_plans(plans, [f"example {i}" for i in range(len(configs))] if searching else named)
+    checks.fit_on_disk(plans, sweep["trials"] if searching else None, sweep_dir, first["must_fit"])
     if in_slurm(configs):
         from ftdist.sweep import array
 
         array.check(configs, sweep)
-        if configs[0]["cluster"]["test_only"]:
-            array.test(sweep_dir, configs)
+        if _asked(sweep_dir, sweep, configs):
             return
     else:
         checks.places(sweep, configs)
@@ -107,42 +111,102 @@ def start(made: compose.Composed, argv: list[str]) -> None:
 
 
 def go_on(sweep_dir: Path, words: list[str]) -> None:
-    """`ftdist resume SWEEP [sweep.parallel=2]`: what is finished stays, what was stopped or has failed goes on."""
+    """`ftdist resume SWEEP [sweep.parallel=2 cluster.time=…]`: what is finished stays, the rest goes on."""
     asked = directory.read(sweep_dir)
-    sweep = dict(asked["sweep"])
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in CHANGEABLE or key.partition(".")[2] not in sweep:
-            fitting = [k for k in CHANGEABLE if k.partition(".")[2] in sweep]
-            raise UserError(f"{word}: cannot change in a sweep that has begun; what can: {', '.join(fitting)}")
-        sweep[key.partition(".")[2]] = int(value) if value.isdigit() else value
-    keys.check(sweep)
+    sweep, later = _changes(asked, words)
     if Path(asked["directory"]).is_dir():
         os.chdir(asked["directory"])  # relative paths of the configurations
     with lease.held(sweep_dir):
-        if sweep != asked["sweep"]:
-            directory.change(sweep_dir, sweep)
+        (sweep_dir / rundir.CLAIM).unlink(missing_ok=True)  # of a start that was killed
+        local.wait_for_earlier(sweep_dir)
+        jobs: dict[str, Any] = {}
+        owners: dict[str, str] = {}
+        if (sweep_dir / "arrays").is_dir():
+            from ftdist.sweep import array
+
+            jobs, owners = array.active(sweep_dir), array.owners(sweep_dir)
+        new = {word.partition("=")[0] for word in later}
+        asked |= {"sweep": sweep, "later": [*(w for w in asked["later"] if w.partition("=")[0] not in new), *later]}
         if sweep["name"] == "search":
             from ftdist.sweep import search
 
             configs = search.examples(asked)
             for config in configs:
-                checks.completed(config, {**asked, "sweep": sweep}, sweep_dir)
+                checks.completed(config, asked, sweep_dir)
                 job.decide(config)
-        else:
-            configs = [directory.config(sweep_dir, member.name) for member in directory.members(sweep_dir)]
-        left = directory.unfinished(sweep_dir)
+            with lease.locked(sweep_dir):
+                search.Search(sweep_dir).catch_up()
+        left = [name for name in directory.unfinished(sweep_dir) if owners.get(name) not in jobs]
+        changed = _reworded(sweep_dir, left, later)
+        if sweep["name"] == "grid":
+            names = [member.name for member in directory.members(sweep_dir)]
+            configs = [changed.get(name) or directory.config(sweep_dir, name) for name in left or names]
         if in_slurm(configs):
             from ftdist.sweep import array
 
-            jobs = array.active(sweep_dir)
-            left = [name for name in left if directory.state(sweep_dir, name).owner not in jobs]
             if jobs:
                 print(f"{len(jobs)} jobs of this sweep wait or run; they are left alone", flush=True)
+            if (left or sweep["name"] == "search") and _asked(sweep_dir, sweep, configs):
+                return
+        for name, config in changed.items():
+            directory.configure(sweep_dir, name, config)
+        directory.change(sweep_dir, sweep=sweep, later=asked["later"])
+        if in_slurm(configs):
             array.freeze(sweep_dir, [name for name in left if (sweep_dir / name).is_dir() or sweep["name"] == "grid"])
         directory.reopen(sweep_dir, left)
         print(f"going on with {sweep_dir} ({len(left)} members unfinished)", flush=True)
         _run(sweep_dir, configs)
+
+
+def _changes(asked: dict[str, Any], words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The keys of `sweep` as they are from now on, and the words that are for its members."""
+    sweep, later = dict(asked["sweep"]), []
+    own = {word.partition("=")[0] for entry in asked["members"] for word in entry["words"]} | set(
+        sweep.get("space", ())
+    )
+    for word in words:
+        key, _, value = word.partition("=")
+        group, _, name = key.partition(".")
+        if key in CHANGEABLE and name in sweep:
+            sweep[name] = int(value) if value.isdigit() else value
+        elif group in RESOURCES and key not in SHAPE and (name or key == "train_until") and "=" in word:
+            if key in own:
+                raise UserError(f"{word}: the members of this sweep differ in it; it cannot change")
+            later.append(word)
+        else:
+            fitting = [k for k in CHANGEABLE if k.partition(".")[2] in sweep]
+            raise UserError(f"{word}: cannot change in a sweep that has begun; what can: {', '.join(fitting)}, and of "
+                            "its members cluster.KEY (but nodes and processes), checkpoint.KEY, health.KEY, "
+                            "train_until")  # fmt: skip
+    keys.check(sweep)
+    return sweep, later
+
+
+def _reworded(sweep_dir: Path, names: list[str], words: list[str]) -> dict[str, dict[str, Any]]:
+    """The configurations of these members with what a resume says; nothing is written. UserError for what cannot be."""
+    from ftdist import resume
+
+    found = {}
+    for name in names if words else ():
+        if directory.is_configured(sweep_dir, name):
+            found[name] = directory.config(sweep_dir, name)
+            resume.reword(found[name], words)
+            job.check(found[name])
+            if found[name]["cluster"]["name"] == "slurm":
+                job.settle(found[name]["cluster"], found[name]["hardware"]["name"])
+    return found
+
+
+def _asked(sweep_dir: Path, sweep: dict[str, Any], configs: list[dict[str, Any]]) -> bool:
+    """Ask SLURM whether the arrays could start, as far as that is wanted; whether nothing else is."""
+    from ftdist.sweep import array
+
+    only = configs[0]["cluster"]["test_only"]
+    if only or configs[0]["cluster"]["check"]:
+        said = array.would_start(sweep_dir, sweep, [config["cluster"] for config in configs])
+        if only:
+            print("\n".join(said), flush=True)
+    return bool(only)
 
 
 def in_slurm(configs: list[dict[str, Any]]) -> bool:
@@ -187,8 +251,8 @@ def _queue(sweep_dir: Path, sweep: dict[str, Any], cluster: dict[str, Any]) -> N
     """Submit what has no job."""
     from ftdist.sweep import array
 
-    jobs = array.active(sweep_dir)
-    names = [n for n in directory.unfinished(sweep_dir) if directory.state(sweep_dir, n).owner not in jobs]
+    jobs, owners = array.active(sweep_dir), array.owners(sweep_dir)
+    names = [name for name in directory.unfinished(sweep_dir) if owners.get(name) not in jobs]
     if sweep["name"] == "grid":
         array.queue(sweep_dir, names)
         return

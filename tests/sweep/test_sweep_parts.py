@@ -2,12 +2,13 @@
 
 import json
 import os
+import signal
 import sys
 import textwrap
 
 import pytest
 
-from ftdist import compose, stops
+from ftdist import compose, lease, stops
 from ftdist.errors import Failed, UserError
 from ftdist.sweep import directory, keys, local, objective, rank
 from ftdist.sweep.directory import Member
@@ -251,6 +252,70 @@ def test_the_end_of_the_time_starts_no_other_member(sweep, monkeypatch):
     assert set(sweep.states().values()) == {"waiting"}
 
 
+PLAYED = """
+    from ftdist.sweep import local
+    asked, file, shot = [], sweep / name / "metrics.jsonl", sweep / "shot"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.append(1))
+    with local.present(sweep):
+        for step in range(len(file.read_text().splitlines()) if file.exists() else 0, 8):
+            if asked: end("stopped", 75, "saved")
+            if name == "02" and step == 4 and not shot.exists():
+                shot.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            with file.open("a") as out: print(json.dumps({"step": step, "eval_loss": 20 - step - int(name)}), file=out)
+            time.sleep(0.02)  # the work of a step
+        directory.ended(sweep, name, 0, None, 1.0)
+"""
+
+
+def test_a_sweep_that_is_killed_again_and_again(sweep):
+    """The sweep's own process by SIGKILL and Ctrl-C, each as soon as so many steps are done, and once a member.
+
+    Each resume comes at once. Every step of every member is done once, and the order is that of an untouched sweep.
+    """
+    from ftdist.sweep import start
+
+    names = ("00", "01", "02", "03")
+    sweep(PLAYED, names=names, parallel=2)
+    config = {"cluster": {"name": "local", "nodes": 1, "processes": 1, "oversubscribe": True}, "train_until": None}
+    for name in names:
+        directory.configure(sweep.dir, name, config)
+
+    def begin():
+        child = os.fork()
+        if child:
+            return child
+        status = 99
+        try:
+            start.go_on(sweep.dir, [])
+            status = 0
+        except Failed as failure:
+            status = failure.status
+        finally:
+            os._exit(status)
+
+    def steps():
+        return sum(file.read_text().count("\n") for file in sweep.dir.glob("*/metrics.jsonl"))
+
+    for until, number, expected in ((2, signal.SIGKILL, -9), (8, signal.SIGINT, 130), (14, signal.SIGKILL, -9),
+                                    (22, signal.SIGKILL, -9)):  # fmt: skip
+        child = begin()
+        while steps() < until:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), sweep.states()
+        os.kill(child, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == expected, sweep.states()
+    last = [os.waitstatus_to_exitcode(os.waitpid(begin(), 0)[1]) for _ in range(2)]
+    assert last[1] == 0 and (sweep.dir / "shot").exists()
+    rows = rank.results(sweep.dir)
+    assert [(row["name"], row["state"], row["objective"]) for row in rows] == [
+        (name, "finished", 20.0 - 7 - int(name)) for name in reversed(names)
+    ]
+    for name in names:
+        done = [json.loads(line)["step"] for line in (sweep.dir / name / "metrics.jsonl").open()]
+        assert done == list(range(8)), name
+
+
 def test_devices_are_shared_out(monkeypatch):
     from ftdist import launcher
 
@@ -292,6 +357,9 @@ def search(tmp_path, monkeypatch):
             head = {"name": "s", "words": ["seed=7"], "sweep": SEARCH | changes, "seed": 7, "directory": "."}
             directory.write(sweep_dir, head, [], [])
         source = Search(sweep_dir)
+        with lease.locked(sweep_dir):
+            source.catch_up()
+        directory.reopen(sweep_dir, directory.unfinished(sweep_dir))
         for _ in range(count):
             name = source.take()
             if name is None:
@@ -334,6 +402,55 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(search):
     assert directory.members(search("parts", 99)) == whole
     other = directory.members(search("other", 5, direction="maximize"))
     assert other[:4] == whole[:4]  # by chance, from the same seed
+
+
+class Killed(BaseException):
+    """What no code of ours answers to."""
+
+
+def test_a_search_that_is_killed_at_any_write_ends_as_one_that_was_not(search, monkeypatch):
+    """Before and after everything that it puts on the disk: no trial is lost, none is there twice, the order is the
+    same."""
+    from optuna.storages.journal import JournalFileBackend
+
+    from ftdist import rundir
+
+    keys = {"trials": 5, "random_trials": 2, "prune_from": 1}
+    whole, count, last = search("whole", 99, **keys), 0, None
+    expected = rank.results(whole)
+    assert {row["state"] for row in expected} == {"finished", "pruned"}
+    with monkeypatch.context() as patched:
+
+        def counted(write):
+            def wrapped(*values):
+                nonlocal count
+                count += 1
+                if count == last:
+                    raise Killed
+                done = write(*values)
+                count += 1
+                if count == last:
+                    raise Killed
+                return done
+
+            return wrapped
+
+        for owner, name in ((rundir, "write_json"), (rundir, "write_yaml"), (JournalFileBackend, "append_logs"),
+                            (stops, "request")):  # fmt: skip
+            patched.setattr(owner, name, counted(getattr(owner, name)))
+        search("counted", 99, **keys)
+        for last in range(count - 7, 6, -7):  # the folder is there with the sixth
+            count = 0
+            with pytest.raises(Killed):
+                search(f"killed{last}", 99, **keys)
+            reached, count = count, -(10**6)
+            assert reached == last
+            sweep_dir = search(f"killed{last}", 0)
+            rows = rank.results(search(f"killed{last}", 99))
+            assert [(row["name"], row["state"], row["objective"]) for row in rows] == [
+                (row["name"], row["state"], row["objective"]) for row in expected
+            ], last
+            assert directory.unfinished(sweep_dir) == []
 
 
 def test_a_trial_that_failed_stays_open_and_is_tried_again(search, tmp_path):
