@@ -81,6 +81,8 @@ def refuse(keys: Mapping[str, Any], task: str, engine: str, peft: Mapping[str, A
     if peft is not None and keys["adapters"] == "drift" and peft.get("use_dora"):
         raise UserError("forgetting.adapters=drift: DoRA also rescales the merged weight; use strategy.use_dora=false "
                         "or forgetting.adapters=plain")  # fmt: skip
+    if peft is None and keys["adapters"] == "plain":
+        raise UserError("forgetting.adapters=plain: this strategy has no adapters; leave it out")
     for key in ("fisher", "earlier"):
         if look and keys[key] is not None:
             read(keys[key], f"forgetting.{key}")

@@ -31,6 +31,7 @@ from ftdist import (
     stops,
     tracking,
     trainkeys,
+    unread,
 )
 from ftdist import base as bases
 from ftdist import evaluate as evaluation
@@ -126,6 +127,7 @@ def check(config: dict[str, Any]) -> None:
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
     schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
+    unread.check(config)
 
 
 def check_cluster(cluster: dict[str, Any]) -> None:
@@ -476,8 +478,11 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
             raise UserError("eval.samples: no row is held out; set data.validation_share or data.validation")
         if config["eval"]["during"]:
             raise UserError("eval.during: no row is held out; set data.validation_share or data.validation")
-        config["train"]["eval_strategy"] = "no"
-        check({**config, "run_dir": str(run_dir)})  # what needs an evaluation cannot be
+        config["train"] |= {"eval_strategy": "no", "eval_steps": None}
+        try:
+            check({**config, "run_dir": str(run_dir)})  # what needs an evaluation cannot be
+        except UserError as failure:
+            raise UserError(f"no row is held out (set data.validation_share or data.validation): {failure}")
         print("no row is held out: no held-out loss", flush=True)
     retention = evaluation.retention_data(config)
     evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)

@@ -23,15 +23,15 @@ MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accur
 def settings(
     *,
     name: Literal["dpo"],
-    beta: Annotated[float, Field(gt=0)],
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)],
     loss_type: Loss | Annotated[list[Loss], Field(min_length=1)],
-    loss_weights: list[Annotated[float, Field(gt=0)]] | None,
+    loss_weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None,
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)],
-    margin: Annotated[float, Field(ge=0)],
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)],
     reference: Literal["auto", "cached", "adapter_off", "copy", "none"],
     reference_model: str | None,
     disable_dropout: bool,
-    chosen_drop: Annotated[float, Field(gt=0)] | None,
+    chosen_drop: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
 ) -> None:
     """The keys of `task=dpo`."""
 
