@@ -91,6 +91,7 @@ def check(config: dict[str, Any]) -> None:
         "model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype", "overrides")
     )
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
+    align.refuse_by_name(config["task"])
     schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
     if config["task"]["name"] == "dpo":
         align.check(config["task"], config["train"], config["model"])
@@ -308,6 +309,11 @@ def plan(
         made["total_steps"] = batch.total_steps
         made["steps_are_a_guess"] = guess is not None and train["max_steps"] <= 0
     made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps)
+    if dpo and (sorts := {name for name, _ in align.weighted_losses(config["task"])} & set(align.SORTED)):
+        made["notes"].append(
+            f"task.loss_type={min(sorts)}: sorts the {train['per_device_train_batch_size']} pairs of a rank's "
+            "micro-batch, so the loss depends on how a step's pairs are divided"
+        )
     if config["model"]["dropout"]:
         made["notes"].append("model.dropout: what its masks take is not counted")
     if batch.total_steps is not None and held_out_tokens:
