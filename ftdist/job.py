@@ -621,13 +621,16 @@ def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Pat
 def general_data(config: dict[str, Any], model: str, adapter: str | None) -> str | None:
     """The prepared data that a Fisher is to be measured on, one sequence a row; None where none is.
 
-    model, adapter: identities of the weights; UserError if a Fisher is given that is of others.
+    model, adapter: identities of the weights; UserError if a Fisher is given that is of others, or an earlier one that
+    is of a model from which this one does not come.
     """
     keys = config["forgetting"]
     if not forgetting.is_on(keys):
         if keys["name"] == "ewc":
             print(forgetting.said(keys, False), flush=True)
         return None
+    if keys["earlier"] is not None:
+        forgetting.refuse_a_stranger(keys["earlier"], model, config["model"]["path"])
     if keys["fisher"] is not None:
         forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"], adapter)
         return None
