@@ -243,10 +243,14 @@ class Consolidation:
         if hasattr(zero, "backup_optimizer"):
             raise UserError("forgetting=ewc: engine.zero.offload_optimizer.ratio below 1 has a second optimizer, which "
                             "no penalty reaches; leave the ratio out")  # fmt: skip
+        self.join(base, lambda: trainer.state.global_step + 1)
+
+    def join(self, base: torch.optim.Optimizer, step: Callable[[], int]) -> None:
+        """Add the penalty's gradient in every step of torch's optimizer, whatever was done to the loss's before."""
         inner = base.step
 
         def pulled(*args: Any, **kwargs: Any) -> Any:
-            self._pull(base, trainer.state.global_step + 1)
+            self._pull(base, step())
             return inner(*args, **kwargs)
 
         base.step = pulled  # type: ignore[method-assign]  # wrapped on purpose
@@ -289,7 +293,8 @@ class Consolidation:
                 if ranks.rank == 0:
                     print(f"Fisher: measured before, {said['samples']:,} samples ({cached})", flush=True)
                 return said
-        tally = fisher.Tally(form.fisher, form.places, ranks.world > 1 and not form.replicated, self.batch > 1)
+        scale = fisher.FLOAT16 if trainer.args.fp16 else 1.0
+        tally = fisher.Tally(form.fisher, form.places, ranks.world > 1 and not form.replicated, self.batch > 1, scale)
         rows = self.rows()
         with self.during():
             samples, tokens = fisher.measure(trainer, rows, form.backward(tally), tally, self.samples, self.batch)

@@ -28,6 +28,9 @@ from ftdist.loss import IGNORED
 from ftdist.ranks import Ranks
 
 KIND = "fisher"  # of a tensor in the files, beside the anchor's `weight`
+FLOAT16 = (
+    64.0  # times the loss in float16, whose smallest number is 6e-8: about what mixed precision starts training with
+)
 EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -51,16 +54,19 @@ Places = Mapping[str, Sequence[Place]]
 class Tally:
     """Adds up squared gradients (and, for batches, gradients) of the elements that this rank holds."""
 
-    def __init__(self, buffers: Sequence[torch.Tensor], places: Places, together: bool, batched: bool) -> None:
+    def __init__(
+        self, buffers: Sequence[torch.Tensor], places: Places, together: bool, batched: bool, scale: float = 1.0
+    ) -> None:
         """buffers: float32 zeros, which become the sums. together: each gradient is summed over the ranks as it comes,
-        otherwise (every rank holds everything) all of them at the end."""
-        self.places, self.together = places, together
+        otherwise (every rank holds everything) all of them at the end. scale: what the loss is multiplied with."""
+        self.places, self.together, self.scale = places, together, scale
         self.squares = list(buffers)
         self.sums = [torch.zeros_like(buffer) for buffer in buffers] if batched else []
 
     def add(self, name: str, gradient: torch.Tensor) -> None:
-        """gradient: of a batch's summed log-likelihood, whole, on this rank. All ranks call in the same order."""
-        values = gradient.detach().float().reshape(-1)
+        """gradient: of a batch's summed log-likelihood times `scale`, whole, on this rank. All ranks call in the same
+        order."""
+        values = gradient.detach().float().reshape(-1) / self.scale
         self._put(self.squares, name, values.square())
         if self.sums:
             self._put(self.sums, name, values.clone())
@@ -102,7 +108,7 @@ def gradients_of_weights(model: Any, tally: Tally) -> Any:
         try:
             loss: torch.Tensor = forward()
             # not backward(): the engines' own hooks sit behind the accumulation of gradients and do not run
-            torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            torch.autograd.grad(loss * tally.scale, list(named.values()), allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -129,7 +135,7 @@ def gradients_of_modules(modules: Mapping[str, Any], tally: Tally) -> Any:
         finally:
             for hook in hooks:
                 hook.remove()
-        gradients = torch.autograd.grad(loss, [output for *_, output in taken])
+        gradients = torch.autograd.grad(loss * tally.scale, [output for *_, output in taken])
         for (name, inputs, _), gradient in zip(taken, gradients, strict=True):
             tally.add(name, gradient.flatten(0, -2).float().T @ inputs.flatten(0, -2).float())
         return loss

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from ftdist import base as bases
 from ftdist import checkpoint, start
 from ftdist.data.prepare import Part
 from ftdist.errors import UserError
+from ftdist.export import RECORD
 from ftdist.plan.states import Penalty
 from ftdist.schema import nearest
 from ftdist.spectrum import reader
@@ -81,6 +82,8 @@ def refuse(keys: Mapping[str, Any], task: str, engine: str, peft: Mapping[str, A
     if peft is not None and keys["adapters"] == "drift" and peft.get("use_dora"):
         raise UserError("forgetting.adapters=drift: DoRA also rescales the merged weight; use strategy.use_dora=false "
                         "or forgetting.adapters=plain")  # fmt: skip
+    if peft is None and keys["adapters"] == "plain":
+        raise UserError("forgetting.adapters=plain: this strategy has no adapters; leave it out")
     for key in ("fisher", "earlier"):
         if look and keys[key] is not None:
             read(keys[key], f"forgetting.{key}")
@@ -154,6 +157,33 @@ def refuse_another_model(path: str, model: str, model_path: str, adapter: str | 
         raise UserError(
             f"forgetting.fisher={path}: measured on another model ({kept['model_path']}, not {model_path}: other "
             "weight files); measure it on this one with forgetting.data"
+        )
+
+
+def ancestors(directory: str) -> Iterator[str]:
+    """Identities of the models that the one in `directory` comes from, the nearest first, as far as runs tell.
+
+    A run's `final/` and `model/` lie beside its base's hashes; an exported directory names its run.
+    """
+    folder, seen = Path(directory), set()
+    while folder not in seen:
+        seen.add(folder)
+        record = folder / RECORD
+        run = Path(json.loads(record.read_text(encoding="utf-8"))["run"]) if record.is_file() else folder.parent
+        if not (run / bases.FILE).is_file():
+            return
+        base = json.loads((run / bases.FILE).read_text(encoding="utf-8"))
+        yield identity(base["files"])
+        folder = Path(base["path"])
+
+
+def refuse_a_stranger(path: str, model: str, model_path: str) -> None:
+    """UserError unless the Fisher at `path` is of the model whose identity is `model`, or of one that it comes from."""
+    kept = read(path, "forgetting.earlier")["fisher"]
+    if kept["model"] not in (model, *ancestors(model_path)):
+        raise UserError(
+            f"forgetting.earlier={path}: measured on {kept['model_path']}, from whose weights {model_path} does not "
+            "come, as far as runs tell; set model.path=RUN, a run that began there, or measure with forgetting.data"
         )
 
 

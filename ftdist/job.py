@@ -31,6 +31,7 @@ from ftdist import (
     stops,
     tracking,
     trainkeys,
+    unread,
 )
 from ftdist import base as bases
 from ftdist import evaluate as evaluation
@@ -92,6 +93,7 @@ def check(config: dict[str, Any]) -> None:
         "model", config["model"], models.load, model_keys, context=("quantization", "loaded_dtype", "overrides")
     )
     schema.check("data", config["data"], prepare, context=DATA_CONTEXT)
+    align.refuse_by_name(config["task"])
     schema.check("task", config["task"], align.settings if config["task"].get("name") == "dpo" else _task)
     if config["task"]["name"] == "dpo":
         align.check(config["task"], config["train"], config["model"])
@@ -128,6 +130,7 @@ def check(config: dict[str, Any]) -> None:
     keys = {k: v for k, v in config["strategy"].items() if k != "name"}
     strategy = find(config["strategy"].get("name"))
     schema.check("strategy", keys, *filter(None, (strategy, preparation(strategy))))
+    unread.check(config)
 
 
 def check_cluster(cluster: dict[str, Any]) -> None:
@@ -311,6 +314,11 @@ def plan(
         made["total_steps"] = batch.total_steps
         made["steps_are_a_guess"] = guess is not None and train["max_steps"] <= 0
     made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps, filled)
+    if dpo and (sorts := {name for name, _ in align.weighted_losses(config["task"])} & set(align.SORTED)):
+        made["notes"].append(
+            f"task.loss_type={min(sorts)}: sorts the {train['per_device_train_batch_size']} pairs of a rank's "
+            "micro-batch, so the loss depends on how a step's pairs are divided"
+        )
     if config["model"]["dropout"]:
         made["notes"].append("model.dropout: what its masks take is not counted")
     if batch.total_steps is not None and held_out_tokens:
@@ -513,8 +521,11 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
             raise UserError("eval.samples: no row is held out; set data.validation_share or data.validation")
         if config["eval"]["during"]:
             raise UserError("eval.during: no row is held out; set data.validation_share or data.validation")
-        config["train"]["eval_strategy"] = "no"
-        check({**config, "run_dir": str(run_dir)})  # what needs an evaluation cannot be
+        config["train"] |= {"eval_strategy": "no", "eval_steps": None}
+        try:
+            check({**config, "run_dir": str(run_dir)})  # what needs an evaluation cannot be
+        except UserError as failure:
+            raise UserError(f"no row is held out (set data.validation_share or data.validation): {failure}")
         print("no row is held out: no held-out loss", flush=True)
     retention = evaluation.retention_data(config)
     evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
@@ -646,13 +657,16 @@ def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Pat
 def general_data(config: dict[str, Any], model: str, adapter: str | None) -> str | None:
     """The prepared data that a Fisher is to be measured on, one sequence a row; None where none is.
 
-    model, adapter: identities of the weights; UserError if a Fisher is given that is of others.
+    model, adapter: identities of the weights; UserError if a Fisher is given that is of others, or an earlier one that
+    is of a model from which this one does not come.
     """
     keys = config["forgetting"]
     if not forgetting.is_on(keys):
         if keys["name"] == "ewc":
             print(forgetting.said(keys, False), flush=True)
         return None
+    if keys["earlier"] is not None:
+        forgetting.refuse_a_stranger(keys["earlier"], model, config["model"]["path"])
     if keys["fisher"] is not None:
         forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"], adapter)
         return None

@@ -27,11 +27,11 @@ def settings(
     metric: str,
     direction: Literal["auto", "min", "max"],
     patience: Annotated[int, Field(ge=1)] | None,
-    min_delta: Annotated[float, Field(ge=0)],
-    max_forgetting: Annotated[float, Field(ge=0)] | None,
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)],
+    max_forgetting: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None,
     restore_best: bool,
     overfitting_after: Annotated[int, Field(ge=1)] | None,
-    overfitting_rise: Annotated[float, Field(ge=0)],
+    overfitting_rise: Annotated[float, Field(ge=0, allow_inf_nan=False)],
 ) -> None:
     """The keys of `stopping`, which Judge reads, and whoever restores the best step."""
 

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import checkpoint, compose, evaluate, job, lease, rundir
+from ftdist import base as bases
+from ftdist import checkpoint, compose, evaluate, forgetting, job, lease, rundir
 from ftdist.errors import OK, UserError
 
 # Where and how a run is trained may change; what is trained, on what, and with which arithmetic may not.
@@ -105,6 +106,15 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
             raise UserError(
                 f"data.path: the data of {run_dir} are gone from the cache, and the files are not what they were; "
                 "bring them back to go on"
+            )
+    general = before["fisher_data"]
+    if general and not Path(general).is_dir() and not (run_dir / forgetting.FOLDER).is_dir():
+        weights = json.loads((run_dir / bases.FILE).read_text(encoding="utf-8"))
+        again = job.general_data(config, forgetting.identity(weights["files"]), forgetting.begins(run_dir))
+        if again != general:
+            raise UserError(
+                f"forgetting.data={config['forgetting']['data']}: gone from the cache before the Fisher was measured, "
+                "and the files are not what they were; bring them back to go on"
             )
     if config["eval"]["retention"] != sets or not all(Path(folder).is_dir() for folder in before["retention"].values()):
         if config["eval"]["retention"] != sets and config["stopping"]["max_forgetting"] is not None:

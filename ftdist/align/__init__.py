@@ -11,11 +11,24 @@ from pydantic import Field
 from ftdist.errors import UserError
 
 Loss = Literal["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
-               "apo_down", "discopop", "sigmoid_norm", "odds", "sft"]  # fmt: skip
-SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair")  # read label_smoothing
+               "apo_down", "aot", "aot_unpaired", "discopop", "sigmoid_norm", "odds", "sft"]  # fmt: skip
+SORTED = ("aot", "aot_unpaired")  # compare the distributions of a micro-batch
+SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", *SORTED)  # read label_smoothing
 SHIFTED = ("sigmoid", "sigmoid_norm")  # read margin
 REFERENCE_FREE = ("sigmoid", "sigmoid_norm", "hinge", "odds", "sft")  # mean something without a reference
 REFERENCES = ("auto", "cached", "adapter_off", "copy", "none")
+ELSEWHERE = {  # names of other trainers' losses, and what there is
+    "orpo": "use task=orpo (task.loss_type=[sft,odds] task.reference=none)",
+    "simpo": "use task=simpo (task.loss_type=sigmoid_norm task.reference=none with a task.margin)",
+    **dict.fromkeys(
+        ("kto", "kto_pair", "apo_zero_unpaired"),
+        "learns from single answers that are good or bad, not from pairs, and is not there; on pairs use apo_zero or "
+        "bco_pair, which also take each answer by itself",
+    ),
+    "cpo": "use task.loss_type=[sft,sigmoid] task.reference=none",
+    "slic": "use task.loss_type=hinge",
+    "dpo": "use task.loss_type=sigmoid",
+}
 MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
          "logps/rejected")  # fmt: skip  # TRL's names
 
@@ -23,17 +36,25 @@ MEANS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accur
 def settings(
     *,
     name: Literal["dpo"],
-    beta: Annotated[float, Field(gt=0)],
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)],
     loss_type: Loss | Annotated[list[Loss], Field(min_length=1)],
-    loss_weights: list[Annotated[float, Field(gt=0)]] | None,
+    loss_weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None,
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)],
-    margin: Annotated[float, Field(ge=0)],
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)],
     reference: Literal["auto", "cached", "adapter_off", "copy", "none"],
     reference_model: str | None,
     disable_dropout: bool,
-    chosen_drop: Annotated[float, Field(gt=0)] | None,
+    chosen_drop: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
 ) -> None:
     """The keys of `task=dpo`."""
+
+
+def refuse_by_name(task: dict[str, Any]) -> None:
+    """UserError for the name of a loss that other trainers have, with what there is instead."""
+    wanted = task.get("loss_type")
+    for name in wanted if isinstance(wanted, list) else [wanted]:
+        if isinstance(name, str) and name in ELSEWHERE:
+            raise UserError(f"task.loss_type={name}: {ELSEWHERE[name]}")
 
 
 def weighted_losses(task: dict[str, Any]) -> list[tuple[str, float]]:
@@ -56,6 +77,12 @@ def check(task: dict[str, Any], train: dict[str, Any], model: dict[str, Any]) ->
         raise UserError("task.label_smoothing=0.0: exo_pair needs one above 0; the paper uses 1e-3")
     if task["margin"] and not set(names) & set(SHIFTED):
         raise UserError(f"task.margin={task['margin']}: read by {', '.join(SHIFTED)} alone; set it to 0")
+    alone = set(names) & set(SORTED) if train["per_device_train_batch_size"] < 2 else ()
+    for name in sorted(alone):
+        raise UserError(
+            f"train.per_device_train_batch_size=1: task.loss_type={name} sorts the pairs of a micro-batch; use 2 or "
+            "more, or task.loss_type=sigmoid"
+        )
     if task["reference"] == "none":
         for name in names:
             if name not in REFERENCE_FREE:

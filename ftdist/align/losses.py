@@ -54,7 +54,7 @@ class Objective:
     margin: float = 0.0
 
     def of_pairs(self, pairs: Pairs) -> torch.Tensor:
-        """Loss (B,) of each pair; `sft` is not in it, whose mean is over tokens."""
+        """Loss (B,) of each pair, in AOT of each quantile; `sft` is not in it, whose mean is over tokens."""
         total = torch.zeros_like(pairs.chosen)
         for name, weight in self.losses:
             if name != "sft":
@@ -131,6 +131,17 @@ def _apo_down(o: Objective, p: Pairs) -> torch.Tensor:
     return (o.beta * p.chosen_ratio).sigmoid() + 1 - (o.beta * p.difference).sigmoid()
 
 
+def _aot(o: Objective, p: Pairs) -> torch.Tensor:
+    """AOT (Melnyk et al. 2024) for pairs: quantiles of the policy's preferences above those of the reference's."""
+    policy, reference = p.chosen - p.rejected, p.reference_chosen - p.reference_rejected
+    return o._smoothed(o.beta * (policy.sort().values - reference.sort().values))
+
+
+def _aot_unpaired(o: Objective, p: Pairs) -> torch.Tensor:
+    """AOT: quantiles of the chosen answers' gains above those of the rejected ones'."""
+    return o._smoothed(o.beta * (p.chosen_ratio.sort().values - p.rejected_ratio.sort().values))
+
+
 def _discopop(o: Objective, p: Pairs) -> torch.Tensor:
     """DiscoPOP (Lu et al. 2024, equation 5)."""
     logits = o.beta * p.difference
@@ -159,6 +170,8 @@ LOSSES: dict[str, Callable[[Objective, Pairs], torch.Tensor]] = {
     "sppo_hard": _sppo_hard,
     "apo_zero": _apo_zero,
     "apo_down": _apo_down,
+    "aot": _aot,
+    "aot_unpaired": _aot_unpaired,
     "discopop": _discopop,
     "odds": _odds,
 }

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ftdist import align, loss
+from ftdist import align, compose, job, loss
 from ftdist.align.losses import LOSSES, Objective, Pairs
 from ftdist.align.pairs import collate_pairs
 from ftdist.align.reference import Reference
@@ -95,7 +95,8 @@ def of_trl(model, names, weights, beta, smoothing):
 
 
 CASES = [([name], None, 0.1 if name in ("robust", "exo_pair") else 0.0) for name in LOSSES if name != "odds"]
-CASES += [(["sft"], None, 0.0), (["sigmoid", "sft", "ipo"], [0.8, 0.3, 0.01], 0.0), (["robust", "hinge"], [1, 2], 0.2)]
+CASES += [(["sft"], None, 0.0), (["sigmoid", "sft", "ipo"], [0.8, 0.3, 0.01], 0.0), (["robust", "hinge"], [1, 2], 0.2),
+          (["aot"], None, 0.1), (["aot_unpaired"], None, 0.1)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("names", "weights", "smoothing"), CASES, ids=lambda value: str(value))
@@ -177,7 +178,7 @@ def test_padding_and_fillers_change_no_log_probability(tiny):
 
 TASK = {"loss_type": "sigmoid", "loss_weights": None, "label_smoothing": 0.0, "margin": 0.0, "reference": "auto",
         "reference_model": None, "disable_dropout": True}  # fmt: skip
-TRAIN = {"packing": False, "loss_type": "nll"}
+TRAIN = {"packing": False, "loss_type": "nll", "per_device_train_batch_size": 4}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,7 @@ TRAIN = {"packing": False, "loss_type": "nll"}
         ({"loss_type": "ipo", "reference": "none"}, {}, "ipo compares with a reference"),
         ({"reference": "adapter_off", "reference_model": "x"}, {}, "task.reference_model=x"),
         ({}, {}, "task.disable_dropout=false"),
+        ({"loss_type": ["sft", "aot"]}, {"per_device_train_batch_size": 1}, "sorts the pairs of a micro-batch; use 2"),
         ({}, {"packing": True}, "use train.packing=false"),
         ({}, {"loss_type": "dft"}, "use task.loss_type"),
         ({}, {"label_smoothing_factor": 0.1}, "use task.label_smoothing"),
@@ -199,6 +201,13 @@ def test_keys_that_do_not_fit_one_another(task, train, said):
     align.check(TASK, TRAIN, {"dropout": None})
     with pytest.raises(UserError, match=said):
         align.check(TASK | task, TRAIN | train, {"dropout": 0.1 if "dropout" in said else None})
+
+
+@pytest.mark.parametrize("name", ["orpo", "kto", ["sigmoid", "simpo"]])
+def test_losses_of_other_trainers_are_named_with_what_there_is(name):
+    with pytest.raises(UserError, match=r"task\.loss_type=\w+: .*use task|on pairs use apo_zero"):
+        align.refuse_by_name({"loss_type": name})
+    align.refuse_by_name({"loss_type": list(LOSSES)})
 
 
 def test_how_the_reference_is_had():
@@ -249,3 +258,26 @@ def test_certain_answers_have_finite_odds():
     pairs = Pairs(chosen, -5 * one, 0 * one, 0 * one, one, one)
     Objective([("odds", 1.0)], 0.1, 0.0).of_pairs(pairs).sum().backward()
     assert torch.isfinite(chosen.grad).all()
+
+
+def test_orpo_and_simpo_are_choices_of_task(tiny):
+    """`task=orpo` is the loss of TRL's ORPOTrainer over the answers' tokens, `task=simpo` has a margin."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    batch = batch_of(reference=torch.zeros(3, 2))
+    for choice in ("orpo", "simpo"):
+        (config,) = compose.compose("plan", [f"task={choice}", "model.path=x", "data.path=y"])
+        job.check(config)
+        task = config["task"]
+        objective = Objective(align.weighted_losses(task), task["beta"], task["label_smoothing"], task["margin"])
+        found = ours(tiny, objective, batch)
+        p = trainer_of(tiny, objective)._pairs(tiny, batch)
+        chosen, rejected = p.chosen / p.chosen_tokens, p.rejected / p.rejected_tokens
+        assert task["reference"] == "none"
+        if choice == "orpo":
+            stub = SimpleNamespace(beta=task["beta"], accelerator=SimpleNamespace(device="cpu"))
+            of_odds = ORPOTrainer.odds_ratio_loss(stub, chosen, rejected)[0].mean()
+            expected = -p.chosen.sum() / p.chosen_tokens.sum() - of_odds
+        else:
+            expected = -logsigmoid(2.0 * (chosen - rejected) - 1.0).mean()
+        torch.testing.assert_close(found, expected)

@@ -146,7 +146,7 @@ def test_a_penalty_of_nothing_changes_no_bit(forks, on, words, untouched, tmp_pa
 def test_a_fisher_serves_other_runs_and_grows_over_tasks(forks, penalised, on, tmp_path):
     """One of two ranks under ZeRO-3 on one process; F = decay·F_earlier + F. Then one that lacks trained weights."""
     first = penalised("full", "zero3")
-    given = (f"forgetting.fisher={first}", "forgetting.data=null")
+    given = (f"forgetting.fisher={first}", "forgetting.data=null", "forgetting.samples=512")
     run_dir = forks.freeze(
         tmp_path / "run", *on("full", "single", *given, f"forgetting.earlier={first}/fisher", "forgetting.decay=0.5")
     )
@@ -155,6 +155,20 @@ def test_a_fisher_serves_other_runs_and_grows_over_tasks(forks, penalised, on, t
     assert all(torch.equal(values, 1.5 * before[name]) for name, values in after.items())
     assert steps(run_dir)[0]["loss"] == pytest.approx(steps(first)[0]["loss"], rel=1e-5)
     less = penalised("spectrum", "single")
-    given = (f"forgetting.fisher={less}", "forgetting.data=null")
+    given = (f"forgetting.fisher={less}", "forgetting.data=null", "forgetting.samples=512")
     run_dir = forks.freeze(tmp_path / "less", *on("full", "single", *given))
     assert forks.start(run_dir, 1) == [2] and "holds nothing of model." in last_words(run_dir)
+
+
+def test_general_data_that_left_the_cache_are_prepared_again(forks, on, chat, tmp_path):
+    """As long as the Fisher is not measured; from the same files alone."""
+    file = tmp_path / "general.jsonl"
+    file.write_text("\n".join(chat.read_text().splitlines()[3:40]))
+    run_dir = forks.freeze(tmp_path / "run", *on("full", "single", f"forgetting.data={file}"))
+    prepared = Path(json.loads((run_dir / "plan.json").read_text())["fisher_data"])
+    for left in ("", "x"):
+        shutil.rmtree(prepared)
+        if left:
+            file.write_text("\n".join(file.read_text().splitlines()[:-1]))
+        assert (forks.change(run_dir, "train_until=null") == 0) == (not left)
+        assert prepared.is_dir() == (not left)

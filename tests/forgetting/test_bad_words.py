@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ftdist import cli
+from ftdist import base, cli, forgetting
+from ftdist.errors import UserError
 
 ON = ("forgetting=ewc", "forgetting.data=demo.jsonl", "engine=single")
 
@@ -43,6 +44,7 @@ def refused(small, tmp_path, monkeypatch, capfd, environment):
         (("strategy=lora", "strategy.use_dora=true"), ("forgetting.adapters=drift", "DoRA")),
         (("engine=zero3_nvme", "engine.nvme_path=/tmp"), ("zero3_nvme", "zero3_offload")),
         (("forgetting.earlier=/nowhere",), ("forgetting.earlier=/nowhere: holds no Fisher",)),
+        (("forgetting.adapters=plain",), ("forgetting.adapters=plain", "no adapters")),
         (("task=dpo",), ("forgetting=ewc: not with task=dpo", "forgetting=none")),
         (("forgetting=ewk",), ("forgetting=ewk: no such choice",)),
     ],
@@ -52,9 +54,7 @@ def test_words_that_are_refused(refused, words, parts):
 
 
 def test_a_fisher_of_another_model_or_a_broken_one(refused, model, tmp_path):
-    other = shutil.copytree(model, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    save_file({name: values + np.float32(1) for name, values in tensors.items()}, other / "model.safetensors")
+    other = changed(model, tmp_path / "other")
     folder = tmp_path / "run" / "fisher"
     folder.mkdir(parents=True)
     made = fisher_of(folder, other)
@@ -67,11 +67,42 @@ def test_a_fisher_of_another_model_or_a_broken_one(refused, model, tmp_path):
     refused(words, "is broken")
 
 
+def test_an_earlier_fisher_is_of_this_model_or_of_one_that_it_comes_from(refused, model, tmp_path):
+    """Two runs in a row from another model, the second exported elsewhere; nothing but hashes says so."""
+    other, run, exported = changed(model, tmp_path / "other"), tmp_path / "run", tmp_path / "exported"
+    (run / "fisher").mkdir(parents=True)
+    fisher_of(run / "fisher", other)
+    words = (*ON, f"forgetting.earlier={run}", f"run_dir={tmp_path / 'new'}")
+    key = f"forgetting.earlier={run}: measured on {other}, from whose weights {model} does not come"
+    refused((*words, f"forgetting.data={tmp_path}/demo.jsonl"), key, "forgetting.data", verb="train")
+    (run / "base.json").write_text(json.dumps(base.fingerprint(str(other))))
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "base.json").write_text(json.dumps(base.fingerprint(str(changed(other, run / "final")))))
+    (second / "base.json").write_text((second / "base.json").read_text().replace(str(other), str(run / "final")))
+    changed(run / "final", exported)
+    (exported / "ftdist_export.json").write_text(json.dumps({"run": str(second)}))
+    for directory in (other, run / "final", exported):
+        identity = forgetting.identity(base.fingerprint(str(directory))["files"])
+        forgetting.refuse_a_stranger(str(run), identity, str(directory))
+    with pytest.raises(UserError, match=r"forgetting\.earlier=.*does not come"):
+        identity = forgetting.identity(base.fingerprint(str(model))["files"])
+        forgetting.refuse_a_stranger(str(run), identity, str(model))
+
+
+def changed(model, directory):
+    """A copy with other weights of the same shapes."""
+    shutil.copytree(model, directory, ignore=shutil.ignore_patterns("ftdist_export.json"))
+    tensors = load_file(directory / "model.safetensors")
+    save_file({name: values + np.float32(1) for name, values in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
 def fisher_of(folder, model):
     """A Fisher's files with nothing in them but a name of the model."""
     import torch
 
-    from ftdist import base, fisher, forgetting
+    from ftdist import fisher
     from ftdist.ranks import Ranks
 
     facts = {"model": forgetting.identity(base.fingerprint(str(model))["files"]), "model_path": str(model)}

@@ -45,11 +45,11 @@ def one_by_one(model, rows, parameters):
     return total, sum(ids.shape[1] - 1 for ids in rows)
 
 
-def tally(sizes, batched=False):
+def tally(sizes, batched=False, scale=1.0):
     """A tally for tensors of these sizes, a buffer each."""
     buffers = [torch.zeros(size) for size in sizes.values()]
     places = {name: [fisher.Place(i, 0, size, 0)] for i, (name, size) in enumerate(sizes.items())}
-    return fisher.Tally(buffers, places, together=False, batched=batched)
+    return fisher.Tally(buffers, places, together=False, batched=batched, scale=scale)
 
 
 def prepared(optimizer):
@@ -71,6 +71,30 @@ def test_per_sample_fisher_is_that_of_single_backward_passes():
         torch.testing.assert_close(values, total.flatten() / tokens)
         assert values.max() > 0
     assert all(p.grad is None for p in named.values())
+
+
+def test_small_gradients_are_not_lost_in_float16():
+    """Gradients around its smallest number, 6e-8, of weights and, through outputs, of frozen ones."""
+    rows = samples()
+    for adapters in (False, True):
+        found = []
+        for dtype, scale in ((torch.float32, 1.0), (torch.float16, fisher.FLOAT16), (torch.float16, 1.0)):
+            model = small_llama().to(dtype)
+            named = {name: p for name, p in model.named_parameters() if "o_proj" in name}
+            made = tally({name: p.numel() for name, p in named.items()}, scale=scale)
+            if adapters:
+                paths = {name: model.get_submodule(name.removesuffix(".weight")) for name in named}
+                model.requires_grad_(False)
+                backward = fisher.gradients_of_modules(paths, made)
+            else:
+                backward = fisher.gradients_of_weights(model, made)
+            for ids in rows:
+                backward(lambda ids=ids, model=model: 3e-7 * summed(model, ids).float())
+            made.finish(1, len(rows), 1, 1)
+            found.append(torch.cat(made.squares).sqrt())
+        exact, scaled, lost = found
+        assert (scaled - exact).abs().mean() < 0.05 * exact.mean()
+        assert (lost - exact).abs().mean() > 0.1 * exact.mean()
 
 
 def test_fisher_of_frozen_base_weights_below_adapters():
@@ -125,26 +149,42 @@ def test_the_batched_estimate_is_right_in_expectation(size):
     assert not torch.allclose(torch.stack(raw).mean(0), exact, rtol=0.2)  # uncorrected, even times the batch size
 
 
-def test_the_penalty_on_a_quadratic():
-    """Loss ½a(θ−t)²: a step of plain descent goes by −η(a(θ−t) + λF(θ−θ*)), here with the clipped loss gradient."""
+def consolidation(form, tmp_path):
+    """The penalty of a run with this form, as `begin` leaves it."""
+    keys = {"samples": 1, "batch": 1, "fisher": None, "earlier": None, "decay": 1.0}
+    made = ewc.Consolidation(
+        tmp_path, lambda: None, lambda: None, {}, strength=STRENGTH, adapters="plain", dtype="float32", **keys
+    )
+    made.form, made.ranks = form, Ranks()
+    return made
+
+
+@pytest.mark.parametrize("clip", [0.1, 100.0])
+def test_the_penalty_on_a_quadratic(tmp_path, clip):
+    """Loss ½a(θ−t)²: a step of plain descent goes by −η(c·a(θ−t) + λF(θ−θ*)); c clips the loss alone."""
+    torch.manual_seed(0)
     model = nn.Linear(3, 1, bias=False)
-    start, target, stiffness, importance = (torch.randn(3) for _ in range(4))
-    importance = importance.abs()
+    start, target = torch.randn(3), torch.randn(3)
+    stiffness, importance = torch.rand(3) + 0.5, torch.rand(3) + 0.5
     model.weight.data = start[None].clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     form = ewc.Weights(model, State(model, prepared(optimizer), 0, 1))
     form.fisher = [importance.clone()]
-    expected = start.clone()
+    penalised, number = consolidation(form, tmp_path), itertools.count(1)
+    penalised.join(optimizer, lambda: next(number))
+    expected, clipped = start.clone(), []
     for _ in range(3):
         optimizer.zero_grad()
         (0.5 * stiffness * (model.weight[0] - target).square()).sum().backward()
-        before = model.weight.detach()[0].clone()
-        penalty = form.pull(model.weight, STRENGTH, 1.0)
-        assert penalty == pytest.approx(float(STRENGTH / 2 * (importance * (before - start).square()).sum()), rel=1e-5)
+        clipped.append(bool(nn.utils.clip_grad_norm_(model.parameters(), clip) > clip))
         optimizer.step()
-        expected = expected - 0.1 * (stiffness * (expected - target) + STRENGTH * importance * (expected - start))
+        gradient = stiffness * (expected - target)
+        gradient *= min(1.0, clip / float(gradient.norm()))
+        penalty = float(STRENGTH / 2 * (importance * (expected - start).square()).sum())
+        assert penalised.penalty() == pytest.approx(penalty, rel=1e-4)
+        expected = expected - 0.1 * (gradient + STRENGTH * importance * (expected - start))
         torch.testing.assert_close(model.weight.detach()[0], expected)
-    assert not torch.equal(expected, start)
+    assert clipped == [clip < 1] * 3 and not torch.equal(expected, start)
 
 
 def test_the_penalty_on_a_model_is_autograds(monkeypatch):
