@@ -150,8 +150,11 @@ def accelerate_file(engine: str, count: int, deepspeed_file: Path) -> dict[str, 
     return values
 
 
-def command(run_dir: Path) -> list[str]:
-    """What starts every rank of a frozen run on this machine."""
+def command(run_dir: Path, alone: bool) -> list[str]:
+    """What starts every rank of a frozen run on this machine; alone: one process without DeepSpeed needs no launcher,
+    whose own imports take as long as torch's."""
+    if alone:
+        return [sys.executable, "-m", "ftdist.worker", str(run_dir)]
     return [
         sys.executable,
         *("-m", "accelerate.commands.launch", "--config_file", str(run_dir / "accelerate.yaml")),
@@ -192,10 +195,13 @@ def run(run_dir: Path, count: int, token: int, grace: float) -> None:
         previous = {number: signal.signal(number, ask) for number in stops.SIGNALS}
         try:
             # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
+            alone = count == 1 and not (run_dir / "deepspeed.json").exists()
             child = subprocess.Popen(
-                command(run_dir), env=environment, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+                command(run_dir, alone), env=environment, stderr=log, start_new_session=True, preexec_fn=end_with_parent
             )
             status = _wait(child, run_dir / "logs", grace)
+            if alone and status < 0:  # as accelerate's launcher says it of its child
+                log.write(f"the rank died with <Signals.{signal.Signals(-status).name}: {-status}>\n".encode())
         except KeyboardInterrupt:
             if "Ctrl-C" in asked:
                 raise

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ftdist import start
+from ftdist import imports, start
 from ftdist.errors import UserError
 from ftdist.rundir import cache_root
 from ftdist.schema import nearest
@@ -64,6 +64,7 @@ def load(
 
     kwargs: dict[str, Any] = dict(overrides or {})
     if quantization:
+        imports.bitsandbytes()
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
         kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import judge, lease, rundir, schema, start, stops
+from ftdist import imports, judge, lease, rundir, schema, start, stops
 from ftdist.errors import FAILED, OK, STOPPED, USAGE, Failed, UserError
 
 
@@ -30,6 +30,8 @@ def train(run_dir: Path) -> int:
     main = int(os.environ.get("RANK", "0")) == 0
 
     import torch
+
+    imports.bitsandbytes()
     from transformers import set_seed
 
     if not torch.cuda.is_available():

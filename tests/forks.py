@@ -19,7 +19,9 @@ GRACE = 20.0  # seconds that the other ranks have after one has failed
 
 
 def preload():
-    import bitsandbytes  # noqa: F401
+    from ftdist import imports
+
+    imports.bitsandbytes()
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
     import peft  # noqa: F401

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import base as bases
-from ftdist import models, schema, start
+from ftdist import imports, models, schema, start
 from ftdist.data.rows import rows_of
 from ftdist.errors import UserError
 from ftdist.plan.shapes import model_shapes
@@ -56,6 +56,7 @@ class Loader:
         )
         put = (self.final if which == "tuned" else start.adapter(self.run_dir)) if adapter else None
         if put is not None:
+            imports.bitsandbytes()
             import peft
 
             try:
@@ -131,6 +132,7 @@ class Exported:
             loaded_dtype="auto",
         )
         if which == "tuned" and self.is_adapter:
+            imports.bitsandbytes()
             import peft
 
             model = peft.PeftModel.from_pretrained(model, str(self.directory))
