@@ -18,7 +18,7 @@ from typing import Any
 
 from ftdist.errors import UserError
 from ftdist.spectrum import names
-from ftdist.spectrum.names import Shape
+from ftdist.spectrum.names import THRESHOLDS, Shape, Threshold
 from ftdist.spectrum.reader import write_atomically
 
 
@@ -38,6 +38,7 @@ class Scan:
 
     path: Path
     entries: tuple[Entry, ...]
+    threshold: Threshold = "reference"  # that of published scans, which do not say it
 
 
 def dumps(value: Any) -> str:
@@ -55,9 +56,11 @@ def load_scan(path: Path) -> Scan:
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: holds no scan; expected {{module: {{snr, type}}}} or {{type: {{module: snr}}}}")
     entries: list[Entry] = []
+    measured_with: set[Threshold] = set()
     for key, value in content.items():
         if isinstance(value, dict) and "snr" in value and "type" in value:
             shape = value.get("shape")
+            measured_with.add(_threshold(path, key, value))
             entries.append(_entry(path, key, value["type"], value["snr"], tuple(shape) if shape else None))
         elif isinstance(value, dict):
             entries.extend(_entry(path, module, key, snr, None) for module, snr in value.items())
@@ -68,7 +71,16 @@ def load_scan(path: Path) -> Scan:
         if entry.module in seen:
             raise UserError(f"{path}: names {entry.module} twice; give a scan of one model")
         seen.add(entry.module)
-    return Scan(path, tuple(entries))
+    if len(measured_with) > 1:
+        raise UserError(f"{path}: measured partly with one threshold, partly with another; give one scan")
+    return Scan(path, tuple(entries), *measured_with)
+
+
+def _threshold(path: Path, module: str, value: Mapping[str, Any]) -> Threshold:
+    found = value.get("threshold", "reference")
+    if found not in THRESHOLDS:
+        raise UserError(f"{path}: {module} has threshold {found!r}; expected one of {', '.join(THRESHOLDS)}")
+    return THRESHOLDS[THRESHOLDS.index(found)]
 
 
 def _entry(path: Path, module: str, kind: Any, snr: Any, shape: Shape | None) -> Entry:

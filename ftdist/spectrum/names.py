@@ -8,6 +8,7 @@ from typing import Literal
 
 Shape = tuple[int, ...]
 Threshold = Literal["reference", "marchenko_pastur"]
+THRESHOLDS: tuple[Threshold, ...] = ("reference", "marchenko_pastur")
 
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}
 _HEADS = {"lm_head", "embed_out", "output"}

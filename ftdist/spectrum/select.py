@@ -236,6 +236,8 @@ def _ranked(units: list[_Unit], types: Literal["all"] | list[str], norms: bool) 
             if kind not in by_type:
                 raise UserError(f"strategy.types={kind}: not in the scan; its types are {', '.join(by_type)}")
         by_type = defaultdict(list, {kind: by_type[kind] for kind in by_type if kind in types})
+    if not types:
+        raise UserError("strategy.types=[]: selects nothing; name types, or set all")
     if not by_type:
         raise UserError("strategy.types: the scan has no type that can be selected from; scan the model again")
     for members in by_type.values():

@@ -30,14 +30,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ftdist.spectrum.names import Threshold
+from ftdist.spectrum.names import THRESHOLDS, Threshold
 
-THRESHOLDS: tuple[Threshold, ...] = ("reference", "marchenko_pastur")
 TOLERANCE = 3e-6  # relative, of the SNR
 _EPSILON = 2.0**-52
 _PROBES = 16  # random vectors that an error of the Gram matrix is seen by
 _CHI2 = 3.94  # χ² with 16 degrees of freedom is below it once in a thousand
-_ROWS = 512  # of a piece that are in float64 at once for the probes
+_ROWS = 128  # of a piece that are in float64 at once for the probes: they stay in the cache
 
 Precision = Literal["float32", "float64"]
 # Pieces (any length × short side) of a matrix, anew each time; numpy arrays, or torch tensors on a GPU. They hold the

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ftdist.errors import UserError
 from ftdist.spectrum.formats import Entry, Scan
-from ftdist.spectrum.names import heads, is_scanned, module_name, module_type
+from ftdist.spectrum.names import Threshold, heads, is_scanned, module_name, module_type
 from ftdist.spectrum.select import load_parameter_list, load_scan, select
 from ftdist.strategies import Base, Recipe
 
@@ -25,6 +25,7 @@ def recipe(
     embeddings: bool,
     head: bool,
     norms: bool,
+    threshold: Threshold,
     group_experts: bool,
     base_bits: Literal[4] | None,
 ) -> Recipe:
@@ -33,7 +34,7 @@ def recipe(
         names = _listed(parameters, base)
     else:
         names = select(
-            scan=_scan(base, scan, group_experts),
+            scan=_scan(base, scan, group_experts, threshold),
             shapes=base.shapes,
             top_percent=top_percent,
             types=types,
@@ -58,7 +59,7 @@ def of_matrices(top_percent: float | None) -> dict[str, Any]:
 
 def modules(base: Base, scan: str | None, top_percent: float | None) -> list[str]:
     """The linear modules with the best SNR of their type."""
-    chosen = select(scan=_scan(base, scan, True), shapes=base.shapes, **of_matrices(top_percent))
+    chosen = select(scan=_scan(base, scan, True, None), shapes=base.shapes, **of_matrices(top_percent))
     return sorted(module_name(name) for name in chosen.names)
 
 
@@ -70,7 +71,7 @@ def prepare(
     *,
     parameters: str | list[str] | None,
     scan: str | None,
-    threshold: Literal["reference", "marchenko_pastur"],
+    threshold: Threshold,
     group_experts: bool,
     top_percent: float | None,
     trainable_budget: float | None,
@@ -125,9 +126,20 @@ def _listed(parameters: str | list[str], base: Base) -> frozenset[str]:
     return frozenset(known[name] for name in parameters)
 
 
-def _scan(base: Base, scan: str | None, group_experts: bool) -> Scan:
+def _measured(path: Path, threshold: Threshold | None) -> Scan:
+    """A scan that was measured with this threshold; None: with any."""
+    found = load_scan(path)
+    if threshold not in (None, found.threshold):
+        raise UserError(
+            f"strategy.threshold={threshold}: {path} was measured with {found.threshold}; set "
+            f"strategy.threshold={found.threshold}, or strategy.scan=null to measure the model"
+        )
+    return found
+
+
+def _scan(base: Base, scan: str | None, group_experts: bool, threshold: Threshold | None) -> Scan:
     if scan is not None:
-        return load_scan(Path(scan).expanduser())
+        return _measured(Path(scan).expanduser(), threshold)
     if base.measured:
         raise UserError("strategy.scan=null: this run has no scan to select by; start it with ftdist train")
     return _even(base, group_experts)

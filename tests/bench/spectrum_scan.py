@@ -4,7 +4,11 @@
     python tests/bench/spectrum_scan.py matrix        one weight of 4096 × 14336 (an 8B model's down_proj)
     python tests/bench/spectrum_scan.py layer         the matrices of one layer of Llama-3.2-1B
     python tests/bench/spectrum_scan.py embedding     its embedding of 128256 × 2048
+    python tests/bench/spectrum_scan.py calls         the library calls alone that both make for that checkpoint
     python tests/bench/spectrum_scan.py edge          planted signals: values above each threshold
+
+`checkpoint` takes about nine minutes on two quiet cores; `--only "all cores|2 processes"` and `--only "1 core"` are
+its halves.
 
 The peer is `tests/spectrum/plain_reference.py`: the reference tool's algorithm as it stands, the whole model in
 float32 and `torch.linalg.svdvals`. Every cell is a process of its own that begins with `import torch`; memory is the
@@ -156,6 +160,8 @@ def report(rows):
                 f"ours against plain, 1 process, {cores}: {ratio(slow, fast):.1f}x faster, {ratio(slow, fast, 1):.1f}x "
                 f"fewer cpu seconds; peak memory {ratio(fast, slow, 2):.2f}, above the imports {above:.2f}"
             )
+    if {"plain, all cores", "ours, 2 processes"} <= middle.keys():
+        print(f"all cores to both, ours as processes: {ratio('plain, all cores', 'ours, 2 processes'):.1f}x faster")
     if {"ours, 1 process, 1 core", "ours, 2 processes"} <= middle.keys():
         print(f"two processes against one, a core each: {ratio('ours, 1 process, 1 core', 'ours, 2 processes'):.2f}x")
     print(f"n={len(rows['imports alone'])}, medians")
@@ -168,11 +174,49 @@ def largest_difference(plain, ours):
     print(f"largest relative difference of {len(shared)} SNRs: {difference:.1e} ({worst})")
 
 
+def calls(repeats, layers):
+    """Processor seconds on one core of what cannot be left out: svdvals in float32; Gram matrix and its eigenvalues.
+
+    No reading, no conversion, no check of the products, no imports.
+    """
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    shapes = [shape for shape in SHAPES["layer"].values() for _ in range(layers)] + list(SHAPES["embedding"].values())
+    random = np.random.default_rng(0)
+    middle = {}
+    for shape in sorted(set(shapes)):
+        weight = random.standard_normal(shape, dtype=np.float32)
+        tall = weight if shape[0] >= shape[1] else weight.T
+        tall = tall if max(shape) >= 2 * min(shape) else tall.astype(np.float64)
+        gram = (tall.T @ tall).astype(np.float64)
+        single = torch.from_numpy(weight)
+        ways = {
+            "svdvals": lambda single=single: torch.linalg.svdvals(single),
+            "Gram matrix": lambda tall=tall: tall.T @ tall,
+            "its eigenvalues": lambda gram=gram: np.linalg.eigvalsh(gram),
+        }
+        for name, way in ways.items():
+            took = []
+            for _ in range(repeats):
+                start = time.process_time()
+                way()
+                took.append(time.process_time() - start)
+            middle[shape, name] = statistics.median(took)
+            print(f"{shape[0]:>7} × {shape[1]:<6} {shapes.count(shape)} of them, {name:16} "
+                  f"{middle[shape, name]:.2f} ({min(took):.2f} … {max(took):.2f})", flush=True)  # fmt: skip
+    sums = {name: sum(middle[shape, name] for shape in shapes) for name in ways}
+    least = sums["Gram matrix"] + sums["its eigenvalues"]
+    print(", ".join(f"{name}: {total:.1f} s" for name, total in sums.items()))
+    print(f"svdvals against the other two: {sums['svdvals'] / least:.2f}x; n={repeats}, medians")
+
+
 def edge():
     """Noise of standard deviation 0.02 and eight directions between 1.2 and 4 times its edge."""
     import torch
 
-    from ftdist.spectrum import snr
+    from ftdist.spectrum import names, snr
 
     torch.manual_seed(0)
     print(f"{'shape':>14}{'planted':>9}{'reference':>13}{'marchenko_pastur':>18}")
@@ -185,14 +229,14 @@ def edge():
             weight += (left * strengths * 0.02 * (math.sqrt(rows) + math.sqrt(columns))) @ right.T
             tall = weight if rows >= columns else weight.T
             found = snr.measure(lambda tall=tall: iter([tall]), (rows, columns))
-            counts = [found[name]["signal_values"] for name in snr.THRESHOLDS]
+            counts = [found[name]["signal_values"] for name in names.THRESHOLDS]
             of = min(rows, columns)
             print(f"{f'{rows} × {columns}':>14}{planted:>9}{f'{counts[0]} ({counts[0] / of:.0%})':>13}{counts[1]:>18}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["checkpoint", *SHAPES, "edge"])
+    parser.add_argument("what", choices=["checkpoint", *SHAPES, "calls", "edge"])
     parser.add_argument("-n", type=int, default=3, help="repetitions of every cell")
     parser.add_argument("--layers", type=int, default=2, help="of the checkpoint")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our scan; the peer uses the CPU")
@@ -201,5 +245,9 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.what == "edge":
         edge()
+    elif given.what == "calls":
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[name] = "1"
+        calls(given.n, given.layers)
     else:
         compare(given.what, given.n, given.device, given.layers, given.only, given.patient)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ftdist.spectrum import snr
+from ftdist.spectrum.names import THRESHOLDS
 
 
 def slices_of(matrix, step=50):
@@ -74,7 +75,7 @@ def errors(weight):
     rows = {
         (way, name): (relative(found[name]["snr"], exact[name]["snr"]), found[name]["error_bound"])
         for way, found in ways.items()
-        for name in snr.THRESHOLDS
+        for name in THRESHOLDS
     }
     for (way, name), (wrong, bound) in rows.items():
         assert wrong <= bound + 1e-12, (way, name)
@@ -85,7 +86,7 @@ def errors(weight):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_error_bound_holds_over_condition_numbers(decades, dtype):
     _, rows = errors(conditioned(120, 150, decades, seed=1).to(dtype))
-    for name in snr.THRESHOLDS:
+    for name in THRESHOLDS:
         assert rows["measure", name][0] <= snr.TOLERANCE
 
 
@@ -94,7 +95,7 @@ def test_the_error_bound_holds_over_condition_numbers(decades, dtype):
 def test_svd_takes_over_where_squaring_loses_the_noise(strength, methods):
     used, rows = errors(planted(120, 150, [strength], seed=2).float())
     assert used in methods
-    for name in snr.THRESHOLDS:
+    for name in THRESHOLDS:
         assert rows["measure", name][0] <= snr.TOLERANCE
         if "svd" in methods:  # the Gram matrix alone would not do, and says so
             assert rows["gram64", name][0] > 1e-5
@@ -132,7 +133,7 @@ def test_deficient_rank():
     weight = planted(60, 80, [2.0], seed=3)
     weight[10:30] = 0
     _, rows = errors(weight)
-    for name in snr.THRESHOLDS:
+    for name in THRESHOLDS:
         assert rows["measure", name][0] <= snr.TOLERANCE
 
 

@@ -12,6 +12,7 @@ from ftdist.spectrum import scan as scanning
 from ftdist.spectrum import select as selecting
 from ftdist.spectrum.formats import Entry, Scan
 from ftdist.spectrum.select import load_parameter_list, load_scan, select, write_reference_json, write_unfrozen_yaml
+from ftdist.strategies import Base, spectrum
 
 DATA = Path(__file__).parent / "data"
 LLAMA = DATA / "snr_llama31_8b_instruct.json"
@@ -133,6 +134,7 @@ def test_types_of_choice():
     chosen = choose(load_scan(LLAMA), llama(), types=["mlp.up_proj", "self_attn.o_proj"], embeddings=False, head=False)
     assert len(chosen.names) == 32
     assert {name.split(".", 3)[3] for name in chosen.names} == {"mlp.up_proj.weight", "self_attn.o_proj.weight"}
+    assert "strategy.types=[]" in refused(choose, load_scan(LLAMA), llama(), types=[])
     assert "strategy.types=mlp.upproj" in refused(choose, load_scan(LLAMA), llama(), types=["mlp.upproj"])
 
 
@@ -272,11 +274,29 @@ def test_scan_of_another_model():
         ('{"a": {"snr": -1, "type": "x"}}', "expected a number"),
         ('{"a": {"snr": null, "type": "x"}}', "expected a number"),
         ('{"t": {"a": 1}, "u": {"a": 2}}', "twice"),
+        ('{"a": {"snr": 1, "type": "x", "threshold": "edge"}}', "expected one of reference, marchenko_pastur"),
+        ('{"a": {"snr": 1, "type": "x"}, "b": {"snr": 1, "type": "x", "threshold": "marchenko_pastur"}}', "partly"),
     ],
 )
 def test_files_that_are_no_scan(content, reason, tmp_path):
     (tmp_path / "scan.json").write_text(content)
     assert reason in refused(load_scan, tmp_path / "scan.json")
+
+
+def test_a_scan_of_the_other_threshold(tmp_path):
+    """The key says how the scan that decides was measured; a published one follows the reference."""
+    scan = tmp_path / "scan.json"
+    entries = {f"model.layers.{i}.mlp.up_proj": {"snr": 1.0 + i, "type": "mlp.up_proj"} for i in range(4)}
+    base = Base({f"{name}.weight": (64, 32) for name in entries}, "bfloat16", "uint8", True)
+    keys = dict.fromkeys(("parameters", "trainable_budget", "base_bits"))
+    keys |= {"embeddings": False, "head": False, "norms": True, "types": "all", "group_experts": True}
+    for measured, other in (("reference", "marchenko_pastur"), ("marchenko_pastur", "reference")):
+        said = {"threshold": measured} if measured != "reference" else {}
+        scan.write_text(json.dumps({name: entry | said for name, entry in entries.items()}))
+        made = spectrum.recipe(base, scan=str(scan), top_percent=25, threshold=measured, **keys)
+        assert made.trainable == {"model.layers.3.mlp.up_proj.weight"}
+        said = refused(spectrum.recipe, base, scan=str(scan), top_percent=25, threshold=other, **keys)
+        assert f"strategy.threshold={other}" in said and f"strategy.threshold={measured}" in said
 
 
 def test_scan_that_is_not_there(tmp_path):
