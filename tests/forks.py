@@ -40,7 +40,8 @@ if not words or words[0][0] == "-" and words[0] != "-m":
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 umask = os.umask(0)
 os.umask(umask)
-asked = {{"words": words, "isolated": "-I" in sys.argv[1:3], "cwd": os.getcwd(), "env": dict(os.environ), "umask": umask}}
+asked = {{"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "umask": umask}}
+asked["isolated"] = "-I" in sys.argv[1:3]
 server = socket.socket(socket.AF_UNIX)
 server.connect({socket!r})
 socket.send_fds(server, [json.dumps(asked).encode() + b"\\n"], [0, 1, 2])
