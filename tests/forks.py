@@ -72,6 +72,7 @@ def preload():
     for module in pkgutil.walk_packages(ftdist.__path__, "ftdist."):
         if not module.name.startswith(("ftdist.conf", "ftdist.launch.", "ftdist.slurm")):
             importlib.import_module(module.name)
+    ftdist.compose.compose("plan", [])  # what Hydra imports
 
 
 def freeze(words):
