@@ -6,6 +6,7 @@ Like `job.py` this stands at the border: configurations come in, plain numbers g
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -325,6 +326,12 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _strategy(name: str) -> dict[str, Any]:
+    return copy.deepcopy(_composed(name))
+
+
+@functools.cache
+def _composed(name: str) -> dict[str, Any]:
+    """The keys of a strategy as it ships; composing takes a quarter of a second, and a plan tries several."""
     from ftdist.compose import compose
 
     keys: dict[str, Any] = compose("plan", [f"strategy={name}", "model.path=x", "data.path=x"])[0]["strategy"]

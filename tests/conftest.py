@@ -154,9 +154,10 @@ class Forks:
 
     def __init__(self, environment, errors):
         self.errors = errors
+        self.python = errors.with_suffix(".python")  # starts modules as the interpreter does, by a fork
         self.pending = []
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("forks.py")],
+            [sys.executable, Path(__file__).with_name("forks.py"), self.python],
             env=environment | {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -221,6 +222,19 @@ def forks(environment, tmp_path_factory):
     yield forks
     forks.process.stdin.close()
     forks.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def verb(execute, forks):
+    """What `run` gives, from a fork that has imported everything; so are the ranks and whatever else it starts.
+
+    For verbs that are a test's means, and for answers that do not depend on a start.
+    """
+
+    def verb(*words, **kwargs):
+        return execute(forks.python, "-m", "ftdist.cli", *words, **kwargs)
+
+    return verb
 
 
 def published(target, make):

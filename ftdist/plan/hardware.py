@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -154,6 +155,7 @@ def _speed(key: str, value: Any, links: Mapping[str, float]) -> float:
     return float(links[value])
 
 
+@functools.cache
 def _table() -> dict[str, dict[str, Any]]:
     """Every choice of conf/hardware with the choice that it starts from; read without Hydra."""
     import yaml

@@ -38,20 +38,20 @@ def kill_all(process):
     psutil.wait_procs(family, timeout=30)
 
 
-def test_killed_and_started_again(start, run, words, untouched, tmp_path):
+def test_killed_and_started_again(start, verb, words, untouched, tmp_path):
     """The same command goes on where it was, with resume=auto; another configuration in its place is refused."""
     run_dir = tmp_path / "run"
     same_command = (*words("full", "zero2", *LONG), f"run_dir={run_dir}", "resume=auto")
     process = start("ftdist", "train", *same_command, cwd=tmp_path)
     until(lambda: steps_done(run_dir) >= 5, process)
     kill_all(process)
-    run("train", *same_command, "train.learning_rate=1").refused("train.learning_rate=1", "was started with 0.01")
-    run("train", *same_command[:-1]).refused("run_dir=", "holds a run")
-    finished = run("train", *same_command)
+    verb("train", *same_command, "train.learning_rate=1").refused("train.learning_rate=1", "was started with 0.01")
+    verb("train", *same_command[:-1]).refused("run_dir=", "holds a run")
+    finished = verb("train", *same_command)
     assert finished.status == 0 and finished.run_dir == run_dir, finished
     assert events(run_dir, "resume")[0]["step"] >= 3
     same(run_dir, untouched("full", "zero2", *LONG))
-    again = run("train", *same_command)
+    again = verb("train", *same_command)
     assert again.status == 0 and "nothing to train" in again.stdout
 
 
@@ -76,7 +76,9 @@ def test_a_lost_rank_is_started_again(start, words, untouched, tmp_path):
         ("lora", "ddp", ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", "ftdist.train")),
     ],
 )  # fmt: skip
-def test_terminated_under_somebody_elses_launcher(start, run, words, untouched, tmp_path, strategy, engine, command):
+def test_terminated_under_somebody_elses_launcher(
+    start, run, verb, words, untouched, tmp_path, strategy, engine, command
+):
     """The launcher is sent SIGTERM, as a scheduler does it; `ftdist resume` goes on under its own launcher."""
     run_dir = tmp_path / "run"
     given = [word for word in words(strategy, engine, *LONG) if not word.startswith(("engine=", "cluster."))]
@@ -89,7 +91,7 @@ def test_terminated_under_somebody_elses_launcher(start, run, words, untouched, 
     assert (outcome["outcome"], outcome["status"]) == ("stopped", 75)
     assert outcome["step"] == metrics(run_dir)[-1]["step"]
     local = ("cluster=local", "cluster.processes=2", "cluster.oversubscribe=true")
-    finished = run("resume", run_dir, *local)
+    finished = (run if engine == "zero2" else verb)("resume", run_dir, *local)
     assert finished.status == 0 and finished.run_dir == run_dir, finished
     same(run_dir, untouched(strategy, engine, *LONG))
 

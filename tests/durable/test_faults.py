@@ -104,12 +104,12 @@ def test_who_was_given_up_writes_nothing_more(forks, words, tmp_path):
     assert "taken over by process" in last_words(run_dir)
 
 
-def test_a_second_start_is_refused(forks, words, run, tmp_path):
+def test_a_second_start_is_refused(forks, words, verb, tmp_path):
     run_dir = forks.freeze(tmp_path / "run", *words("full", "zero2", *LONG))
     pids = forks.begin(run_dir)
     until(lambda: steps_done(run_dir) >= 1)
     kill(pids, signal.SIGSTOP)
-    run("resume", run_dir).refused("in use by process", str(pids[0]))
+    verb("resume", run_dir).refused("in use by process", str(pids[0]))
     kill(pids, signal.SIGCONT)
     assert forks.end() == [0, 0], last_words(run_dir)
 

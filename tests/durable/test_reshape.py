@@ -33,10 +33,10 @@ def test_another_world(forks, words, untouched, tmp_path, strategy, engine, proc
         assert got == pytest.approx([row[key] for row in theirs if key in row], rel=TOLERANCE)
 
 
-def test_a_batch_that_cannot_be_made(forks, words, run, tmp_path):
+def test_a_batch_that_cannot_be_made(forks, words, verb, tmp_path):
     run_dir = forks.freeze(tmp_path / "run", *words("full", "ddp"))
-    answer = run("resume", run_dir, "cluster.processes=3")
+    answer = verb("resume", run_dir, "cluster.processes=3")
     answer.refused("cluster.processes", "global batch of 4 rows", "1, 2, 4")
-    run("resume", run_dir, "strategy=lora").refused("strategy=lora", "cannot change", "cluster")
-    run("resume", run_dir, "train.learning_rate=1").refused("train.learning_rate=1", "cannot change")
-    run("resume", tmp_path / "none").refused("no run directory")
+    verb("resume", run_dir, "strategy=lora").refused("strategy=lora", "cannot change", "cluster")
+    verb("resume", run_dir, "train.learning_rate=1").refused("train.learning_rate=1", "cannot change")
+    verb("resume", tmp_path / "none").refused("no run directory")

@@ -17,21 +17,21 @@ from ftdist import report
 
 
 @pytest.fixture
-def refused(run, model, chat, tmp_path):
+def refused(run, verb, model, chat, tmp_path):
     """`refused(words, *parts)`: `train` ends in one line with these parts and leaves no file."""
 
-    def refused(words, *parts):
+    def refused(words, *parts, script=False):
         place = tmp_path / "here"
         place.mkdir()
         given = (f"model.path={model}", f"data.path={chat}", "tracking=none", *words)
-        run("train", *given, cwd=place).refused(*parts)
+        (run if script else verb)("train", *given, cwd=place).refused(*parts)
         assert list(place.iterdir()) == []
 
     return refused
 
 
 def test_missing_data(refused, tmp_path):
-    refused([f"data.path={tmp_path}/chat.jsonl"], f"data.path={tmp_path}/chat.jsonl", "no such file")
+    refused([f"data.path={tmp_path}/chat.jsonl"], f"data.path={tmp_path}/chat.jsonl", "no such file", script=True)
 
 
 def test_a_link_to_nowhere(refused, tmp_path):
@@ -66,7 +66,7 @@ def test_a_row_without_the_expected_keys(refused, chat, tmp_path):
 def test_a_row_that_is_no_json(refused, chat, tmp_path):
     rows = [*chat.read_text().splitlines()[:5], '{"messages": [']
     (tmp_path / "chat.jsonl").write_text("\n".join(rows))
-    refused([f"data.path={tmp_path}/chat.jsonl"], "chat.jsonl", "line 6")
+    refused([f"data.path={tmp_path}/chat.jsonl"], "chat.jsonl", "line 6", script=True)
 
 
 def test_a_missing_model(refused, tmp_path):
@@ -110,22 +110,22 @@ def contents(directory):
     return {file: (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns) for file in files}
 
 
-def test_a_finished_run_is_not_overwritten(run, small, cell):
+def test_a_finished_run_is_not_overwritten(verb, small, cell):
     run_dir = cell("full", "single").run_dir
     before = contents(run_dir)
-    run("train", *small, f"run_dir={run_dir}").refused(f"run_dir={run_dir}", "choose another")
+    verb("train", *small, f"run_dir={run_dir}").refused(f"run_dir={run_dir}", "choose another")
     assert contents(run_dir) == before
 
 
-def test_files_of_the_user_are_not_overwritten(run, small, tmp_path):
+def test_files_of_the_user_are_not_overwritten(verb, small, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    run("train", *small, f"run_dir={tmp_path}").refused(f"run_dir={tmp_path}", "choose another")
+    verb("train", *small, f"run_dir={tmp_path}").refused(f"run_dir={tmp_path}", "choose another")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_two_runs_at_once_in_one_directory(start, small, environment, tmp_path):
+def test_two_runs_at_once_in_one_directory(start, forks, small, tmp_path):
     words = ("train", *small, "engine=single", "train.max_steps=1", f"run_dir={tmp_path / 'run'}")
-    both = [start("ftdist", *words, cwd=tmp_path) for _ in range(2)]
+    both = [start(forks.python, "-m", "ftdist.cli", *words, cwd=tmp_path) for _ in range(2)]
     said = [process.communicate(timeout=300) for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
     (line,) = (stderr for process, (_, stderr) in zip(both, said, strict=True) if process.returncode == 2)
@@ -270,10 +270,11 @@ FAILING = '''
 
 
 @pytest.mark.parametrize("how", ["raises", "killed"])
-def test_a_rank_that_fails_stops_the_others(start, small, tmp_path, how):
+def test_a_rank_that_fails_stops_the_others(start, forks, small, tmp_path, how):
     found = plugin.install(tmp_path, "fragile", FAILING, failing=f"# fails\nname: failing\nhow: {how}\n")
     words = (*small, *LONG, "strategy=failing", f"run_dir={tmp_path / 'run'}")
-    process = start("ftdist", "train", *words, cwd=tmp_path, env=found)
+    ftdist = ("ftdist",) if how == "killed" else (forks.python, "-m", "ftdist.cli")
+    process = start(*ftdist, "train", *words, cwd=tmp_path, env=found)
     metrics = tmp_path / "run" / "metrics.jsonl"
     until(metrics.is_file, process)
     processes = family(process)

@@ -133,17 +133,21 @@ REFUSED = {
 }
 
 
+BY_SCRIPT = ("strategy.r=4", "train.warmup_ratio=0.1", "train.max_steps=0", "--bogus", "--config-dir nowhere")
+
+
 @pytest.mark.parametrize("words", REFUSED)
-def test_refused_before_anything_is_made(run, model, chat, tmp_path, words):
+def test_refused_before_anything_is_made(run, verb, model, chat, tmp_path, words):
     given = words.split(" ") if not words.startswith("train.dataset") else [words]
-    finished = run("train", f"model.path={model}", f"data.path={chat}", "tracking=none", *given, cwd=tmp_path)
+    train = run if words in BY_SCRIPT else verb
+    finished = train("train", f"model.path={model}", f"data.path={chat}", "tracking=none", *given, cwd=tmp_path)
     finished.refused(*REFUSED[words])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["plan", "data", "scan"])
-def test_every_verb_refuses_unknown_keys(run, tmp_path, verb):
-    finished = run(verb, "train.learing_rate=1", cwd=tmp_path)
+@pytest.mark.parametrize("name", ["plan", "data", "scan"])
+def test_every_verb_refuses_unknown_keys(verb, tmp_path, name):
+    finished = verb(name, "train.learing_rate=1", cwd=tmp_path)
     finished.refused("train.learing_rate", "train.learning_rate")
     assert list(tmp_path.iterdir()) == []
 
@@ -173,23 +177,23 @@ def test_every_shipped_file_composes_and_every_key_has_a_reader(name):
 
 
 @pytest.mark.parametrize("name", [Path(name).stem for name in SHIPPED if name.startswith("experiment/")])
-def test_every_recipe_is_a_plan(run, name):
-    finished = run("plan", f"experiment={name}", "--json")
+def test_every_recipe_is_a_plan(verb, name):
+    finished = verb("plan", f"experiment={name}", "--json")
     assert finished.status == 0, finished.stderr
     for text in finished.stdout.replace("\n}\n", "\n}\0").strip("\0").split("\0"):  # a recipe may be several runs
         plan = json.loads(text)
         assert plan["trainable_parameters"] > 0 and plan["tokens_per_step"] > 0
 
 
-def test_the_command_line_wins_over_a_recipe(run):
-    finished = run("plan", "experiment=practice_1b", "strategy=qlora", "train.max_length=256", "--cfg", "job")
+def test_the_command_line_wins_over_a_recipe(verb):
+    finished = verb("plan", "experiment=practice_1b", "strategy=qlora", "train.max_length=256", "--cfg", "job")
     config = yaml.safe_load(finished.stdout)
     assert (config["strategy"]["name"], config["train"]["max_length"]) == ("qlora", 256)
     assert config["model"]["path"] == "meta-llama/Llama-3.2-1B-Instruct" or "1B" in config["model"]["path"]
 
 
-def test_cfg_job_shows_the_configuration(run, tmp_path):
-    finished = run("train", "strategy=lora", "strategy.r=3", "train.adam_beta2=0.99", "--cfg", "job", cwd=tmp_path)
+def test_cfg_job_shows_the_configuration(verb, tmp_path):
+    finished = verb("train", "strategy=lora", "strategy.r=3", "train.adam_beta2=0.99", "--cfg", "job", cwd=tmp_path)
     assert finished.status == 0, finished.stderr
     config = yaml.safe_load(finished.stdout)
     assert config["strategy"]["r"] == 3 and config["train"]["adam_beta2"] == 0.99
@@ -207,18 +211,18 @@ def test_help_lists_groups_choices_and_keys(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ls(run):
-    groups = run("ls").stdout
+def test_ls(verb):
+    groups = verb("ls").stdout
     assert all(group in groups for group in AT_LEAST)
     for group in AT_LEAST:
-        lines = run("ls", group).stdout.splitlines()
+        lines = verb("ls", group).stdout.splitlines()
         choices = {Path(name).stem for name in SHIPPED if name.startswith(f"{group}/")}
         assert {line.split()[0] for line in lines} == choices
         assert all(len(line.split()) > 2 for line in lines), lines  # with a meaning
 
 
-def test_a_sweep_composes_every_combination(run, tmp_path):
-    finished = run("plan", "strategy=full,lora", "-m", "train.max_length=64,128", "--json", cwd=tmp_path)
+def test_a_sweep_composes_every_combination(verb, tmp_path):
+    finished = verb("plan", "strategy=full,lora", "-m", "train.max_length=64,128", "--json", cwd=tmp_path)
     assert finished.status == 0, finished.stderr
     plans, rest, decoder = [], finished.stdout.strip(), json.JSONDecoder()
     while rest:
@@ -236,27 +240,27 @@ def test_a_sweep_composes_every_combination(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_with_one_wrong_member_starts_nothing(run, model, chat, tmp_path):
+def test_a_sweep_with_one_wrong_member_starts_nothing(verb, model, chat, tmp_path):
     words = ["-m", f"model.path={model}", f"data.path={chat}", "train.max_steps=1,0"]
-    run("train", *words, cwd=tmp_path).refused("train.max_steps=0")
+    verb("train", *words, cwd=tmp_path).refused("train.max_steps=0")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_groups_outside_the_package(run, model, tmp_path):
+def test_groups_outside_the_package(verb, model, tmp_path):
     for group, choice, text in (
         ("strategy", "thin", "# @package _global_\ndefaults: [lora, _self_]\nstrategy: {r: 3}\n"),
         ("experiment", "mine", "# @package _global_\ndefaults:\n  - override /strategy: thin\nseed: 5\n"),
     ):
         (tmp_path / "conf" / group).mkdir(parents=True)
         (tmp_path / "conf" / group / f"{choice}.yaml").write_text(text)
-    finished = run("plan", "--config-dir", "conf", "experiment=mine", f"model.path={model}", "--json", cwd=tmp_path)
+    finished = verb("plan", "--config-dir", "conf", "experiment=mine", f"model.path={model}", "--json", cwd=tmp_path)
     assert finished.status == 0, finished.stderr
     plan = json.loads(finished.stdout)
     assert plan["strategy"] == "lora"
     width = {"hidden": 64, "key": 32, "inner": 128}
     pairs = 2 * ["hidden hidden"] + 2 * ["hidden key"] + 3 * ["hidden inner"]
     assert plan["trainable_parameters"] == 4 * 3 * sum(width[a] + width[b] for a, b in map(str.split, pairs))
-    run("plan", "experiment=mine").refused("experiment=mine")
+    verb("plan", "experiment=mine").refused("experiment=mine")
 
 
 @pytest.mark.parametrize(
@@ -271,8 +275,8 @@ def test_groups_outside_the_package(run, model, tmp_path):
         ("ftdist ls eng", ["engine"]),
     ],
 )
-def test_completion_words(run, line, offered):
-    finished = run("completion", "words", line)
+def test_completion_words(verb, line, offered):
+    finished = verb("completion", "words", line)
     assert (finished.status, finished.stdout.split()) == (0, offered)
 
 

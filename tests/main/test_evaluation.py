@@ -53,13 +53,13 @@ def test_base_and_tuned_side_by_side(evaluated, cell):
     assert metrics["overlap"] is None  # the data step has taken shared text out already
 
 
-def test_answers_do_not_depend_on_the_batch(evaluated, run, tmp_path):
+def test_answers_do_not_depend_on_the_batch(evaluated, verb, tmp_path):
     """Left padding is masked: a row answers the same alone and beside longer ones."""
     directory, _ = evaluated
     alone = tmp_path / "alone"
     shutil.copytree(directory, alone)
     words = ("eval.samples=12", "eval.max_new_tokens=8", "eval.batch_size=1", "eval.metrics=[exact_match]")
-    finished = run("eval", alone, *words, "eval.resamples=0", "eval.show=0")
+    finished = verb("eval", alone, *words, "eval.resamples=0", "eval.show=0")
     assert finished.status == 0, finished
     (_, one), (metrics, many) = results(alone), results(directory)
     assert [row["tuned"] for row in one] == [row["tuned"] for row in many]
@@ -68,16 +68,16 @@ def test_answers_do_not_depend_on_the_batch(evaluated, run, tmp_path):
     assert results(alone)[0]["tuned"]["loss"] == pytest.approx(metrics["tuned"]["loss"], rel=1e-5)
 
 
-def test_an_exported_model_on_other_data_with_an_overlap(evaluated, run, chat, model, tmp_path):
+def test_an_exported_model_on_other_data_with_an_overlap(evaluated, verb, chat, model, tmp_path):
     """The directory alone, as on another machine; then the run itself, which knows what it was trained on."""
     directory, _ = evaluated
     exported = tmp_path / "model"
-    finished = run("export", directory, f"export.output={exported}", "export.parity=false", "export.license=mit")
+    finished = verb("export", directory, f"export.output={exported}", "export.parity=false", "export.license=mit")
     assert finished.status == 0, finished
     assert "license: mit" in (exported / "README.md").read_text()
     assert "extracted_match" in (exported / "README.md").read_text()
     words = (f"eval.data={chat}", "eval.samples=8", "eval.max_new_tokens=4", "eval.show=0")
-    finished = run("eval", exported, *words, f"eval.base={model}", f"eval.retention={chat}")
+    finished = verb("eval", exported, *words, f"eval.base={model}", f"eval.retention={chat}")
     assert finished.status == 0, finished
     assert "not checked" in finished.stdout
     metrics, _ = results(exported)
@@ -85,7 +85,7 @@ def test_an_exported_model_on_other_data_with_an_overlap(evaluated, run, chat, m
     assert metrics["tuned"]["loss"] < metrics["base"]["loss"]
     copy = tmp_path / "run"
     shutil.copytree(directory, copy)
-    finished = run("eval", copy, f"eval.data={chat}", "eval.max_new_tokens=1", "eval.show=0")
+    finished = verb("eval", copy, f"eval.data={chat}", "eval.max_new_tokens=1", "eval.show=0")
     assert "WARNING: " in finished.stdout and "overlap with the training data" in finished.stdout
     metrics, samples = results(copy)
     assert metrics["tuned"]["loss"] == pytest.approx(results(exported)[0]["tuned"]["loss"], rel=1e-4)
@@ -93,12 +93,12 @@ def test_an_exported_model_on_other_data_with_an_overlap(evaluated, run, chat, m
     assert trained_on / 2 < sum(row.get("in_training", False) for row in samples) <= trained_on
 
 
-def test_answers_while_training_are_those_of_the_saved_model(run, small, tmp_path):
+def test_answers_while_training_are_those_of_the_saved_model(verb, small, tmp_path):
     """Seven rows on two ranks of ZeRO-3 over a 4-bit base: one rank has a row less, sentences end anywhere."""
     words = (*overrides("qlora", "zero3"), "train.learning_rate=1e-4", "train.eval_strategy=steps",
              "train.eval_steps=3", "eval.during=7", "eval.samples=7", "eval.batch_size=2", "eval.show=0",
              "eval.max_new_tokens=12")  # fmt: skip
-    finished = run("train", *small, *words, f"run_dir={tmp_path / 'run'}")
+    finished = verb("train", *small, *words, f"run_dir={tmp_path / 'run'}")
     assert finished.status == 0, finished
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     held_out = {row["step"]: row for row in rows if "eval_chrf" in row}
@@ -119,34 +119,34 @@ def test_chat(run, execute, evaluated, tmp_path):
     run("chat", directory, "chat.temprature=1").refused("chat.temprature", "chat.temperature")
 
 
-def test_bad_input_is_answered_in_one_line(run, evaluated, model, chat, tmp_path):
+def test_bad_input_is_answered_in_one_line(verb, evaluated, model, chat, tmp_path):
     directory, _ = evaluated
-    run("eval", directory, "eval.sampels=3").refused("eval.sampels", "eval.samples")
-    run("eval", directory, "samples=3").refused("samples=3", "eval.KEY=VALUE")
-    run("eval", directory, "eval.answer_pattern='('").refused("eval.answer_pattern=(", "regular expression")
-    run("eval", directory, "eval.samples=4", "eval.g_eval.criteria=good").refused("eval.g_eval.judge")
+    verb("eval", directory, "eval.sampels=3").refused("eval.sampels", "eval.samples")
+    verb("eval", directory, "samples=3").refused("samples=3", "eval.KEY=VALUE")
+    verb("eval", directory, "eval.answer_pattern='('").refused("eval.answer_pattern=(", "regular expression")
+    verb("eval", directory, "eval.samples=4", "eval.g_eval.criteria=good").refused("eval.g_eval.judge")
     words = ("eval.samples=2", "eval.max_new_tokens=2", "eval.show=0")
-    run("eval", directory, *words, "eval.data=/no/where.jsonl").refused("eval.data=/no/where.jsonl")
-    run("eval", model, *words).refused(str(model), "eval.data=FILE")
+    verb("eval", directory, *words, "eval.data=/no/where.jsonl").refused("eval.data=/no/where.jsonl")
+    verb("eval", model, *words).refused(str(model), "eval.data=FILE")
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"messages": [{"role": "user", "content": "and the answer?"}]}\n' * 3)
-    run("eval", directory, *words, f"eval.data={questions}").refused("questions.jsonl line 1")
-    run("eval", directory, *words, "eval.lm_eval=[hellaswag]").refused("eval.lm_eval", "ftdist[lm_eval]")
+    verb("eval", directory, *words, f"eval.data={questions}").refused("questions.jsonl line 1")
+    verb("eval", directory, *words, "eval.lm_eval=[hellaswag]").refused("eval.lm_eval", "ftdist[lm_eval]")
     gone = tmp_path / "gone"
     shutil.copytree(directory, gone)
     config = (gone / "config.yaml").read_text()
     (gone / "config.yaml").write_text(config.replace(str(model), "/models/that/was"))
-    run("eval", gone, *words).refused("/models/that/was", "is gone", "eval.base=DIR")
+    verb("eval", gone, *words).refused("/models/that/was", "is gone", "eval.base=DIR")
     judge = {"criteria": "good", "steps": "look", "model": "m", "retries": 0, "judge": "'http://127.0.0.1:9/v1'"}
     judged = (*words, *(f"eval.g_eval.{key}={value}" for key, value in judge.items()))
-    down = run("eval", gone, *judged, f"eval.base={model}")
+    down = verb("eval", gone, *judged, f"eval.base={model}")
     assert down.status == 1 and down.stderr.splitlines()[-1].startswith(
         "ftdist: eval.g_eval.judge=http://127.0.0.1:9/v1"
     )
     assert results(gone)[0]["tuned"]["rows"] == 2  # the rest was written before the judge was asked
 
 
-def test_an_empty_generation_is_counted(model, run, tmp_path):
+def test_an_empty_generation_is_counted(model, verb, tmp_path):
     """A model that ends at once."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -159,7 +159,7 @@ def test_an_empty_generation_is_counted(model, run, tmp_path):
     save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
     data = tmp_path / "one.jsonl"
     data.write_text('{"question": "hi", "answer": "yes"}\n')
-    finished = run("eval", exported, f"eval.data={data}", "eval.samples=1", "eval.max_new_tokens=3", "eval.show=0")
+    finished = verb("eval", exported, f"eval.data={data}", "eval.samples=1", "eval.max_new_tokens=3", "eval.show=0")
     assert finished.status == 0, finished
     metrics, _ = results(exported)
     assert metrics["tuned"]["empty"] == 1 and metrics["tuned"]["exact_match"] == 0

@@ -9,9 +9,9 @@ import torch
 import yaml
 
 
-def exported(run, cell, tmp_path, *words):
+def exported(verb, cell, tmp_path, *words):
     out = tmp_path / "out"
-    finished = run("export", cell.run_dir, f"export.output={out}", *words)
+    finished = verb("export", cell.run_dir, f"export.output={out}", *words)
     assert finished.status == 0, finished
     assert finished.stdout.splitlines()[-1] == f"model: {out}"
     return out, json.loads((out / "ftdist_export.json").read_text()), finished
@@ -52,7 +52,7 @@ def test_every_strategy_and_engine_exports_what_was_trained(cell, tmp_path, monk
         assert part in card
 
 
-def test_dtype_shards_and_adapter_alone(run, cell, tmp_path):
+def test_dtype_shards_and_adapter_alone(run, verb, cell, tmp_path):
     made = cell("lora", "ddp")
     out, record, _ = exported(run, made, tmp_path, "export.dtype=bfloat16", "export.max_shard_size=0.0002")
     assert record["dtypes"] == ["BF16"]
@@ -60,7 +60,7 @@ def test_dtype_shards_and_adapter_alone(run, cell, tmp_path):
     assert len(set(index["weight_map"].values())) > 1
     assert all((out / name).stat().st_size < 300_000 for name in set(index["weight_map"].values()))
     assert 0 < record["parity"]["trained_to_exported"]["max_difference"] < 0.2
-    again, record, _ = exported(run, made, tmp_path, "export.merge=false")  # over its own earlier export
+    again, record, _ = exported(verb, made, tmp_path, "export.merge=false")  # over its own earlier export
     assert again == out and record["kind"] == "adapter"
     assert (out / "adapter_config.json").is_file() and not (out / "model.safetensors.index.json").exists()
     assert record["parity"]["trained_to_exported"]["max_difference"] < 1e-4
@@ -110,41 +110,41 @@ def test_what_was_exported_stops_at_the_end_of_a_turn(model, tmp_path, written):
     assert found.temperature == (0.6 if written else None)
 
 
-def test_a_merge_that_is_wrong_is_refused(run, cell, tmp_path):
+def test_a_merge_that_is_wrong_is_refused(verb, cell, tmp_path):
     """The adapter in `final/` is not the one whose logits the engine wrote down."""
     copy = tmp_path / "run"
     shutil.copytree(cell("lora", "ddp").run_dir, copy)
     file = copy / "final" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 64}))
-    finished = run("export", copy)
+    finished = verb("export", copy)
     assert finished.status == 1
     assert "parity failed (engine_to_saved" in finished.stderr.splitlines()[-1]
     assert not (copy / "model").exists()
 
 
-def test_bad_input_is_answered_in_one_line(run, cell, model, tmp_path):
+def test_bad_input_is_answered_in_one_line(verb, cell, model, tmp_path):
     source = cell("lora", "ddp").run_dir
-    run("export", tmp_path).refused(str(tmp_path), "no run directory")
-    run("export", source, "export.dtyp=bfloat16").refused("export.dtyp", "export.dtype")
-    run("export", source, "export.dtype=int8").refused("export.dtype=int8", "bfloat16")
-    run("export", source, "export.push=me/model", env={"HF_TOKEN": None}).refused("export.push=me/model", "HF_TOKEN")
-    run("export", source, "export.gguf=f16", env={"LLAMA_CPP": None}).refused("convert_hf_to_gguf.py", "LLAMA_CPP")
-    run("export", source, f"export.output={model}").refused(f"export.output={model}", "other files")
+    verb("export", tmp_path).refused(str(tmp_path), "no run directory")
+    verb("export", source, "export.dtyp=bfloat16").refused("export.dtyp", "export.dtype")
+    verb("export", source, "export.dtype=int8").refused("export.dtype=int8", "bfloat16")
+    verb("export", source, "export.push=me/model", env={"HF_TOKEN": None}).refused("export.push=me/model", "HF_TOKEN")
+    verb("export", source, "export.gguf=f16", env={"LLAMA_CPP": None}).refused("convert_hf_to_gguf.py", "LLAMA_CPP")
+    verb("export", source, f"export.output={model}").refused(f"export.output={model}", "other files")
     unfinished = tmp_path / "unfinished"
     shutil.copytree(source, unfinished)
     shutil.rmtree(unfinished / "final")
-    run("export", unfinished).refused(str(unfinished), "not finished")
+    verb("export", unfinished).refused(str(unfinished), "not finished")
     other = tmp_path / "other"
     shutil.copytree(model, other)
     changed = bytearray((other / "model.safetensors").read_bytes())
     changed[-5] ^= 1
     (other / "model.safetensors").write_bytes(changed)
-    run("export", source, f"export.base={other}").refused(str(other), "has changed", "model.safetensors")
-    run("export", source, "export.base=/no/where").refused("/no/where", "is gone", "export.base=DIR")
+    verb("export", source, f"export.base={other}").refused(str(other), "has changed", "model.safetensors")
+    verb("export", source, "export.base=/no/where").refused("/no/where", "is gone", "export.base=DIR")
     plan = tmp_path / "old"
     shutil.copytree(source, plan)
     (plan / "plan.json").write_text("{}")
-    run("export", plan).refused("made by ftdist", "plan.json")
+    verb("export", plan).refused("made by ftdist", "plan.json")
 
 
 def test_a_card_names_a_base_that_a_hub_knows():
@@ -158,18 +158,18 @@ def test_a_card_names_a_base_that_a_hub_knows():
     assert hub_id(Path("/models/Qwen2.5-0.5B")) == {}
 
 
-def test_gguf_by_the_converter_that_is_there(run, cell, tmp_path):
+def test_gguf_by_the_converter_that_is_there(verb, cell, tmp_path):
     converter = tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
     converter.parent.mkdir()
     converter.write_text("import sys, pathlib\npathlib.Path(sys.argv[3]).write_text(' '.join(sys.argv[4:]))\n")
     words = ("export.gguf=q8_0", "export.parity=false", f"export.output={tmp_path / 'gguf'}")
     made = cell("full", "ddp").run_dir
-    finished = run("export", made, *words, env={"LLAMA_CPP": str(converter.parent)})
+    finished = verb("export", made, *words, env={"LLAMA_CPP": str(converter.parent)})
     assert finished.status == 0, finished
     assert (tmp_path / "gguf" / "model-q8_0.gguf").read_text() == "--outtype q8_0"
     assert "not checked" in finished.stdout
     converter.write_text("raise SystemExit('no such architecture')\n")
-    failed = run("export", made, *words, env={"LLAMA_CPP": str(converter.parent)})
+    failed = verb("export", made, *words, env={"LLAMA_CPP": str(converter.parent)})
     assert failed.status == 1 and "no such architecture" in failed.stderr
 
 

@@ -8,7 +8,7 @@ import pytest
 from matrix import overrides
 
 REPOSITORY = Path(__file__).parents[2]
-ACCELERATE = ("accelerate", "launch", "--num_processes", "2", "--main_process_port", "0")
+TWO = ("--num_processes", "2", "--main_process_port", "0")
 
 
 def of_two_ranks(strategy, engine):
@@ -19,7 +19,10 @@ def of_two_ranks(strategy, engine):
 @pytest.mark.parametrize(
     ("engine", "command"),
     [
-        ("zero3", (*ACCELERATE, "--config_file", "launch/zero3.yaml", "-m", "ftdist.train", "engine=zero3")),
+        (
+            "zero3",
+            ("accelerate", "launch", *TWO, "--config_file", "launch/zero3.yaml", "-m", "ftdist.train", "engine=zero3"),
+        ),
         ("ddp", ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", "ftdist.train")),
     ],
 )
@@ -53,9 +56,14 @@ def test_the_same_run(execute, small, cell, tmp_path, engine, command):
     ],
     ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
 )
-def test_refused_by_one_rank_for_all(execute, small, tmp_path, words, said):
+def test_refused_by_one_rank_for_all(execute, forks, small, tmp_path, words, said):
+    """Launcher and ranks are real ones, forked but for the first words."""
+    by_fork = (forks.python, "-m", "accelerate.commands.launch")
+    launch = ("accelerate", "launch") if words == ("engine=zero2",) else by_fork
     given = (*small, f"run_dir={tmp_path / 'run'}", *words)
-    finished = execute(*ACCELERATE, "--config_file", "launch/zero3.yaml", "-m", "ftdist.train", *given, cwd=REPOSITORY)
+    finished = execute(
+        *launch, *TWO, "--config_file", "launch/zero3.yaml", "-m", "ftdist.train", *given, cwd=REPOSITORY
+    )
     assert finished.status != 0
     (line,) = (line for line in finished.stderr.splitlines() if line.startswith("ftdist:"))
     assert said in line

@@ -30,14 +30,14 @@ def test_every_rank_reports_its_peaks(cell, strategy, engine):
     assert "## Predicted and measured" in page and "| device peak |" in page
 
 
-def test_train_refuses_what_cannot_fit(run, small, tmp_path):
+def test_train_refuses_what_cannot_fit(verb, small, tmp_path):
     words = (*small, "strategy=full", "engine=zero2", "cluster.processes=2", "cluster.oversubscribe=true")
     tight = ("hardware=cpu", "hardware.memory=8e8", f"run_dir={tmp_path / 'run'}")
-    run("train", *words, *tight).refused("does not fit", "must_fit=false")
+    verb("train", *words, *tight).refused("does not fit", "must_fit=false")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plan_says_what_would_fit_and_the_fix_fits(run, tmp_path):
+def test_a_plan_says_what_would_fit_and_the_fix_fits(verb, tmp_path):
     words = (
         "plan",
         "experiment=llama31_8b_full_zero3",
@@ -46,10 +46,10 @@ def test_a_plan_says_what_would_fit_and_the_fix_fits(run, tmp_path):
         "cluster.processes=4",
         "--json",
     )
-    plan = json.loads(run(*words, cwd=tmp_path).stdout)
+    plan = json.loads(verb(*words, cwd=tmp_path).stdout)
     assert plan["fits"] is False and plan["margin_bytes"] < 0 and plan["fixes"]
     for fix in plan["fixes"]:
-        mended = json.loads(run(*words, *fix["overrides"], cwd=tmp_path).stdout)
+        mended = json.loads(verb(*words, *fix["overrides"], cwd=tmp_path).stdout)
         assert mended["fits"] is True, fix
         assert mended["device_peak_bytes"] == fix["device_peak_bytes"]
     assert len({fix["seconds_per_step"] for fix in plan["fixes"]}) > 1

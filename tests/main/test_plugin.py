@@ -44,16 +44,16 @@ def test_it_is_listed_with_its_meaning(run, installed):
         (["strategy.head=perhaps"], ("strategy.head=perhaps", "boolean")),
     ],
 )
-def test_its_signature_is_the_schema(run, installed, tmp_path, words, said):
-    run("train", "strategy=last_layers", *words, env=installed, cwd=tmp_path).refused(*said)
+def test_its_signature_is_the_schema(verb, installed, tmp_path, words, said):
+    verb("train", "strategy=last_layers", *words, env=installed, cwd=tmp_path).refused(*said)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_the_package_it_is_unknown(run):
-    run("plan", "strategy=last_layers").refused("strategy=last_layers")
+def test_without_the_package_it_is_unknown(verb):
+    verb("plan", "strategy=last_layers").refused("strategy=last_layers")
 
 
-def test_it_trains_exactly_what_it_names(run, small, model, installed, tmp_path):
+def test_it_trains_exactly_what_it_names(verb, small, model, installed, tmp_path):
     words = (
         "strategy=last_layers",
         "strategy.head=false",
@@ -63,7 +63,7 @@ def test_it_trains_exactly_what_it_names(run, small, model, installed, tmp_path)
         "train.max_steps=3",
         "train.logging_steps=5",  # more than there are: a run without a logged step is a run too
     )
-    finished = run("train", *small, *words, f"run_dir={tmp_path / 'run'}", env=installed)
+    finished = verb("train", *small, *words, f"run_dir={tmp_path / 'run'}", env=installed)
     assert finished.status == 0, finished.stderr
     base, tuned = load_file(model / "model.safetensors"), load_file(finished.run_dir / "final" / "model.safetensors")
     changed = {name for name in base if not base[name].equal(tuned[name])}

@@ -115,42 +115,42 @@ def test_wandb_gets_the_same_tables_and_plots(page, monkeypatch):
     assert {"plots/loss.path", "plots/differences.path", "eval/table.path"} <= logged.keys()
 
 
-def test_several_runs_are_compared(run, cell, tmp_path):
+def test_several_runs_are_compared(verb, cell, tmp_path):
     sweep = tmp_path / "sweep"
     for name, strategy in (("0", "full"), ("1", "lora")):
         shutil.copytree(cell(strategy, "ddp").run_dir, sweep / name)
-    finished = run("report", sweep)
+    finished = verb("report", sweep)
     assert finished.stdout == f"report: {sweep}/report.html\n", finished
     text = (sweep / "report.html").read_text()
     for part in ("2 runs", "Lowest held-out loss", "strategy.name", "What differs", "held-out loss"):
         assert part in text
     named = tmp_path / "elsewhere" / "two.html"
-    assert run("report", sweep / "0", sweep / "1", "--output", named).status == 0
+    assert verb("report", sweep / "0", sweep / "1", "--output", named).status == 0
     assert named.is_file() and (named.parent / "two-plots" / "loss.png").is_file()
 
 
-def test_an_unfinished_run_and_bad_input(run, cell, tmp_path):
+def test_an_unfinished_run_and_bad_input(verb, cell, tmp_path):
     begun = tmp_path / "begun"
     shutil.copytree(cell("full", "ddp").run_dir, begun)
     shutil.rmtree(begun / "final")
     (begun / "logs" / "rank-1.error.json").write_text('{"rank": 1, "message": "out of memory"}')
     (begun / "metrics.jsonl").unlink()
-    assert run("report", begun).status == 0
+    assert verb("report", begun).status == 0
     assert "Not finished; so far 0 steps. Rank 1 failed: out of memory." in (begun / "report.html").read_text()
-    run("report").refused("report: which run?")
-    run("report", "/no/run").refused("/no/run", "no such directory")
-    run("report", begun, begun).refused("named twice")
+    verb("report").refused("report: which run?")
+    verb("report", "/no/run").refused("/no/run", "no such directory")
+    verb("report", begun, begun).refused("named twice")
     for name in ("plan.json", "env.json", "data_report.json", "base.json"):
         (begun / name).unlink()
-    assert run("report", begun).status == 0
+    assert verb("report", begun).status == 0
     assert "env.json is not there" in (begun / "report.html").read_text()
     (begun / "plan.json").write_text("{")
-    run("report", begun).refused("plan.json", "cannot be read")
+    verb("report", begun).refused("plan.json", "cannot be read")
     empty = tmp_path / "empty"
     empty.mkdir()
-    run("report", empty).refused(str(empty), "no run directory")
+    verb("report", empty).refused(str(empty), "no run directory")
     (empty / "config.yaml").write_text("a: [")
-    run("report", empty).refused("config.yaml", "cannot be read")
+    verb("report", empty).refused("config.yaml", "cannot be read")
 
 
 def test_members_of_two_sweeps_keep_their_names_apart(cell, tmp_path):

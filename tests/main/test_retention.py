@@ -30,7 +30,7 @@ def general(shared):
 
 
 @pytest.fixture(scope="session")
-def kept(run, small, general, tmp_path_factory):
+def kept(verb, small, general, tmp_path_factory):
     """A run that ends early by the held-out loss, with replay and two retention sets; and its page."""
     run_dir = tmp_path_factory.mktemp("kept") / "run"
     words = ("engine=single", "cluster.processes=1", "train.per_device_train_batch_size=4", "train.num_train_epochs=9",
@@ -39,9 +39,9 @@ def kept(run, small, general, tmp_path_factory):
              f"data.replay={general}/replay.jsonl", "data.replay_share=0.3", "eval.retention_during=true",
              f"eval.retention={{words: {general}/keep.jsonl, again: {general}/keep.jsonl}}", "eval.samples=2",
              "eval.max_new_tokens=2", "eval.resamples=10")  # fmt: skip
-    finished = run("train", *small, *words, f"run_dir={run_dir}")
+    finished = verb("train", *small, *words, f"run_dir={run_dir}")
     assert finished.status == 0, finished
-    assert run("report", run_dir).status == 0
+    assert verb("report", run_dir).status == 0
     return run_dir, finished.stdout
 
 
@@ -74,9 +74,9 @@ def test_a_run_that_keeps_the_best(kept):
     assert f"final/ holds step {best}" in readme and "general rows" in readme
 
 
-def test_overlap_with_the_training_data_is_refused(run, small, chat, tmp_path):
+def test_overlap_with_the_training_data_is_refused(verb, small, chat, tmp_path):
     words = (*small, "engine=single", "cluster.processes=1", f"run_dir={tmp_path / 'run'}")
-    answer = run("train", *words, f"eval.retention={{chats: {chat}}}")
+    answer = verb("train", *words, f"eval.retention={{chats: {chat}}}")
     answer.refused("rows of eval.retention=", "overlap with the training data", f"data.against={chat}")
 
 
