@@ -102,8 +102,10 @@ def test_a_node_that_is_not_as_the_others(answers, tmp_path, change, said):
 
 
 def test_starts_without_progress(tmp_path):
+    restarts = itertools.count()
+
     def start(step, job="7"):
-        rundir.record(tmp_path, None, "job", step, job=job)
+        rundir.record(tmp_path, None, "job", step, job=job, restart=next(restarts))
 
     start(None)
     assert batch.fruitless(tmp_path, "7") == 0
