@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
         status = worker.main(run_dir, at_failure=release)
         if rank == 0 and status == OK:
             cli.private_and_stoppable()  # the worker only noted signals
-            job.finish(run_dir)
+            job.conclude(run_dir, int(os.environ[lease.VARIABLE]), partial(job.finish, run_dir))
             print(f"run: {run_dir}")
     except Failed as failure:
         print(f"ftdist: {failure}", file=sys.stderr)
