@@ -97,7 +97,7 @@ DefMemPerCPU=100
 GresTypes=gpu
 # clocks short enough that a fault shows in seconds
 SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=100000,batch_sched_delay=0
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
 SlurmctldTimeout=10
 SlurmdTimeout=10
 KillWait=5

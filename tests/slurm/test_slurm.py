@@ -5,6 +5,10 @@ import json
 import pytest
 from nodes import NODES, events, held, same, steps_done, until, wandb_has
 
+from ftdist import compose, job, submit
+from ftdist import scheduler as slurm
+from ftdist.errors import UserError
+
 pytestmark = pytest.mark.xdist_group("slurm")
 
 
@@ -22,19 +26,21 @@ def state(on_slurm, cluster, run_dir):
     return json.loads(done.stdout)[0]
 
 
-def test_pre_empted_on_two_nodes(on_slurm, cluster, words, local, tmp_path):
+def test_pre_empted_on_two_nodes(on_slurm, cluster, words, local, tmp_path, monkeypatch):
     """A more important job takes the nodes: it saves, waits, goes on, and ends as two processes on one machine do."""
     run_dir = tmp_path / "run"
     keys = ("engine=zero2", *NODES, "cluster.partition=low", "tracking=wandb")
-    train = ("train", *words, *keys, f"run_dir={run_dir}")
-    submitted = on_slurm(cluster, *train)
+    submitted = on_slurm(cluster, "train", *words, *keys, f"run_dir={run_dir}")
     assert submitted.status == 0 and submitted.run_dir == run_dir, submitted
-    job = job_of(run_dir)
-    assert f"job {job} is in the queue: 2 nodes" in submitted.stdout
+    number = job_of(run_dir)
+    assert f"job {number} is in the queue: 2 nodes" in submitted.stdout
     with held(run_dir, cluster):
         running = state(on_slurm, cluster, run_dir)
-        assert (running["state"], running["job"], running["steps"]) == ("running", job, 30)
-        on_slurm(cluster, *train).refused(f"its job {job} is running")
+        assert (running["state"], running["job"], running["steps"]) == ("running", number, 30)
+        monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        monkeypatch.setenv("PATH", cluster.environment["PATH"])
+        with pytest.raises(UserError, match=f"its job {number} is running"):
+            submit.refuse_active(run_dir)
         urgent = ("--partition=main", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
         cluster.ask("sbatch", *urgent)
         until(lambda: (run_dir / "stop.json").exists(), say=lambda: cluster.log(run_dir))
@@ -76,23 +82,22 @@ def test_stopped_by_its_user(on_slurm, cluster, words, tmp_path):
     on_slurm(cluster, "stop", run_dir).refused("not active (stopped)")
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (("cluster.nodes=3",), ("sbatch refused", "node")),
-        (("cluster.partition=gold",), ("cluster.partition=gold", "main")),
-        (("cluster.time=90",), ("cluster.time=90", "H:MM:SS")),
-        (("cluster.qos='a\nb'",), ("qos", "line breaks")),
-        (("cluster.gpus=9", "hardware=h100"), ("sbatch refused",)),
-        (("cluster.acount=x",), ("did you mean cluster.account?",)),
-        (("cluster.processes=2", "cluster.gpus=1", "hardware=h100"), ("cluster.processes=2", "oversubscribe")),
-    ],
-    ids=lambda words: "",
-)
-def test_refused_before_it_waits(on_slurm, cluster, words, tmp_path, more, said):
+def test_refused_before_it_waits(on_slurm, cluster, words, tmp_path, monkeypatch):
+    """What SLURM itself would never start, by the command; then what it is asked for one key and another."""
     run_dir = tmp_path / "run"
-    on_slurm(cluster, "train", *words, "cluster=slurm", "engine=ddp", f"run_dir={run_dir}", *more).refused(*said)
+    asked = ("cluster=slurm", "engine=ddp", f"run_dir={run_dir}")
+    on_slurm(cluster, "train", *words, *asked, "cluster.nodes=3").refused("sbatch refused", "node")
     assert not run_dir.exists()
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    slurm.partition_gpus.cache_clear()
+    for more, said in ((("cluster.partition=gold",), "cluster.partition=gold: .*main"),
+                       (("cluster.gpus=9", "hardware=h100"), "sbatch refused")):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            (config,) = compose.compose("train", [*words, *asked, *more])
+            job.decide(config)
+            submit.would_start(config, run_dir)
+    slurm.partition_gpus.cache_clear()
 
 
 def test_only_asked(on_slurm, cluster, words, tmp_path):

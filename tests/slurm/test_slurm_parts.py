@@ -415,6 +415,8 @@ def test_a_partition_of_several_kinds(sinfo):
     assert node(constraint="intel|ib") == (4, 4) and node(gpus=0, cpu=True) == (0, 1)
     with pytest.raises(UserError, match=r"cluster.gpu_type=v100: .*A100 \(4 on a node\)"):
         node(gpu_type="v100")
+    with pytest.raises(UserError, match="cluster.processes=2: 1 GPUs on a node .*oversubscribe"):
+        node(processes=2, gpus=1, gpu_type="h100")
     sinfo("gpu*|x|gpu:8\ngpu*|x|(null)\n")
     assert node() == (8, 8) and node(processes=2) == (2, 2)
 
@@ -591,7 +593,7 @@ def test_nothing_that_was_not_said_is_told():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("acount", "me"), ("gpu_option", "gpus"), ("signal_seconds", 0), ("cpus", 0), ("exclusive", "maybe"),
+    [("acount", "me"), ("gpu_option", "gpus"), ("signal_seconds", 0), ("cpus", 0), ("exclusive", "maybe"), ("time", 90),
      ("modules", 3), ("prepare", "there"), ("max_requeues", -1), ("network_check", -1), ("array_throttle", 0),
      ("preflight_seconds", 0), ("wrapper", "apptainer")],
 )  # fmt: skip
