@@ -88,6 +88,8 @@ def until(condition, seconds=WAIT, say=lambda: "", pause=0.05):
         time.sleep(pause)
 
 
+# Words before a command that is to have a network of IPv6 alone (needs root).
+IPV6_ALONE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && ip addr del 127.0.0.1/8 dev lo && exec "$@"', "sh")
 NODES = ("cluster=slurm", "cluster.nodes=2", "cluster.processes=1", "cluster.memory=3G")
 
 

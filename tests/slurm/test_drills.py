@@ -3,10 +3,11 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
-from nodes import NODES, events, held, ranks, rows, same, steps_done, until, variables, wandb_has
+from nodes import IPV6_ALONE, NODES, events, held, ranks, rows, same, steps_done, until, variables, wandb_has
 
 from ftdist import rundir
 
@@ -244,4 +245,15 @@ def test_by_sbatch_itself(execute, cluster, words, local, tmp_path):
         until(lambda: (run_dir / "stop.json").exists(), say=lambda: (tmp_path / "log").read_text())
     until(lambda: "run: " in (tmp_path / "log").read_text(), say=lambda: (tmp_path / "log").read_text())
     assert [event["reason"] for event in events(run_dir, "requeue")] == ["time limit"] and len(rows(run_dir)) > 30
+    same(run_dir, local("full", "zero2"))
+
+
+def test_training_over_ipv6_alone(forks, execute, words, local, tmp_path):
+    """What srun starts on a node, told an IPv6 address of the first one: the same run."""
+    here = ("engine=zero2", "strategy=full", "cluster.processes=2", "cluster.oversubscribe=true")
+    run_dir = forks.freeze(tmp_path / "run", *words, *here)
+    place = {"SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1", "FTDIST_GRACE": "20", "GLOO_SOCKET_IFNAME": "lo"}
+    node = (sys.executable, "-m", "ftdist.node", run_dir, "::1", "20002", "2", "ftdist.worker")
+    done = execute(*IPV6_ALONE, *node, env=place)
+    assert done.status == 0, done
     same(run_dir, local("full", "zero2"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from nodes import SCRIPT, until
+from nodes import IPV6_ALONE, SCRIPT, until
 
 from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops, submit
 from ftdist import job as job_module
@@ -453,8 +453,7 @@ def test_ports_that_somebody_has(family, address):
 
 def test_ranks_that_meet_over_ipv6(tmp_path):
     """In a network that has nothing else."""
-    alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && ip addr del 127.0.0.1/8 dev lo && exec "$@"', "sh"]
-    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+    if subprocess.run([*IPV6_ALONE, "true"], capture_output=True).returncode:
         pytest.skip("no network of its own to be had")
     ranks = """
         import os, pathlib, sys
@@ -466,8 +465,8 @@ def test_ranks_that_meet_over_ipv6(tmp_path):
     """
     (tmp_path / "logs").mkdir()
     place = {"MASTER_ADDR": "::1", "MASTER_PORT": "20001", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*alone, sys.executable, "-c", textwrap.dedent(ranks), str(tmp_path)], capture_output=True,
-                          text=True, env=os.environ | place, timeout=120)  # fmt: skip
+    words = [*IPV6_ALONE, sys.executable, "-c", textwrap.dedent(ranks), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | place, timeout=120)
     assert done.returncode == 0 and "GB/s a rank" in done.stdout, done
 
 
