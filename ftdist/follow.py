@@ -85,6 +85,8 @@ def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> t
             return word, f"{why}; waits again" + (f" ({job.reason})" if job.reason else "")
         return "queued", job.reason
     alive = lease.living(run_dir)
+    if alive is not None and alive.job is not None and job is not None and not job.active:
+        alive = None  # ended with its job, before it could give the lease back
     if (job is not None and job.active) or alive is not None:
         if not (run_dir / "config.yaml").is_file():
             return "preparing", ""

@@ -635,3 +635,16 @@ def test_logs_in_odd_directories():
     assert "--output='/a 100%% b/logs/job-%j.log'" in script(Path("/a 100% b"))
     with pytest.raises(UserError, match="backslash"):
         script(Path("/a\\b"))
+
+
+def test_a_job_that_was_killed_is_over(tmp_path, monkeypatch):
+    """Though its batch process could not give the lease back, and no signs of life are missed yet."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lease.take(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    elsewhere = rundir.read_json(tmp_path / "lease.json") | {"host": "node1"}
+    rundir.write_json(tmp_path / "lease.json", elsewhere)
+    rundir.write_json(tmp_path / "job.json", {"job": "7", "prepare": None, "submitted": time.time()})
+    rundir.write_json(tmp_path / "outcome.json", {"outcome": "stopped", "reason": "SIGTERM", "status": 75})
+    assert words(tmp_path, {})[0] == "ending"
+    assert words(tmp_path, job("CANCELLED")) == ("stopped", "SIGTERM")
