@@ -8,7 +8,6 @@ import pytest
 from ftdist import launcher
 from ftdist.errors import STOPPED, Failed
 from ftdist.sweep import directory, rank
-from ftdist.sweep.directory import Member
 from ftdist.sweep.search import Search
 
 SWEEP = {"name": "search", "objective": "eval_loss", "direction": "minimize", "parallel": 1, "retries": 0, "trials": 3,
@@ -29,22 +28,22 @@ def test_a_poor_trial_is_stopped_while_it_trains(forks, small, tmp_path, monkeyp
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(rows) + "\n")
         source.ended(name, directory.ended(tmp_path, name, 0, None, 1.0))
     name = source.take()
-    assert isinstance(next(m for m in directory.members(tmp_path) if m.name == name), Member)
     words = ["engine=single", "cluster.processes=1", "train.eval_strategy=steps", "train.eval_steps=1"]
     run_dir = forks.freeze(tmp_path / name, *small, *words, f"train.max_steps={STEPS}", "train.learning_rate=1e-9")
-    (pid,) = forks.begin(run_dir, world=1)
+    forks.begin(run_dir, world=1)
     while not (run_dir / "outcome.json").exists():
         time.sleep(0.01)  # as those who watch it do
         source.look(name)
-    assert forks.end() == [0] or pid
+    forks.end()
     with pytest.raises(Failed) as failure:
         launcher.judge(run_dir, 0)
     assert failure.value.status == STOPPED
     source.ended(name, directory.ended(tmp_path, name, STOPPED, str(failure.value), 1.0))
     last = rank.results(tmp_path)[-1]
     assert (last["name"], last["state"]) == (name, "pruned")
-    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").open()]
-    assert 2 < max(steps) < STEPS and (run_dir / "checkpoints" / f"step-{max(steps):08}").is_dir()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    assert 2 <= rows[-1]["step"] < STEPS and (run_dir / "checkpoints" / f"step-{rows[-1]['step']:08}").is_dir()
     trial = source.study.get_trials()[2]
-    assert trial.state.name == "PRUNED" and set(trial.intermediate_values) == set(range(1, max(steps) + 1))
+    assert trial.state.name == "PRUNED"
+    assert trial.intermediate_values == {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
     assert source.take() is None

@@ -81,6 +81,13 @@ def test_slurm_is_asked_before_the_data_are_prepared(monkeypatch, tmp_path, word
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_is_not_begun_over_another(sweep_dir, monkeypatch):
+    monkeypatch.setattr(checks, "planned", lambda _: pytest.fail("too late"))
+    words = ["-m", "seed=1,2", f"sweep_dir={sweep_dir}"]
+    with pytest.raises(UserError, match=f"sweep_dir={sweep_dir}: holds a sweep.*ftdist resume"):
+        start.start(compose.several("train", words), words)
+
+
 def test_the_disk_is_for_all_members(monkeypatch, tmp_path, capsys):
     plan = {"disk_bytes": {"final": 10**9, "fisher": 0, "checkpoints": 10**9}, "checkpoint_bytes": 10**9}
     small = {"disk_bytes": dict.fromkeys(("final", "fisher", "checkpoints"), 0), "checkpoint_bytes": 0}
