@@ -153,8 +153,9 @@ def status(argv: list[str]) -> int:
 
     as_json = "--json" in argv
     argv = [word for word in argv if word != "--json"]
-    runs = [run for named in _runs("status", argv) for run in _members(named)] if argv else follow.default_runs()
-    states = follow.status(runs)
+    named = _runs("status", argv) if argv else []
+    states = follow.status([run for one in named for run in _members(one)] if argv else follow.default_runs())
+    states += [state for one in named for state in _not_begun(one)]
     print(json.dumps(states, indent=2) if as_json else follow.table(states))
     return OK
 
@@ -169,7 +170,11 @@ def logs(argv: list[str]) -> int:
         raise UserError(f"--rank={rank}: which rank? --rank 1")
     if len(argv) != 1:
         raise UserError("logs: which run? ftdist logs RUN [--follow] [--rank N]")
-    return follow.logs(_runs("logs", argv)[0], wanted, None if rank is None else int(rank))
+    (run_dir,) = _runs("logs", argv)
+    if (run_dir / "sweep.yaml").is_file():
+        raise UserError(f"{argv[0]}: a sweep; ftdist logs RUN for one of its members, such as "
+                        f"{next(iter(_members(run_dir)), 'NAME')}")  # fmt: skip
+    return follow.logs(run_dir, wanted, None if rank is None else int(rank))
 
 
 def stop(argv: list[str]) -> int:
@@ -199,6 +204,17 @@ def _members(named: Path) -> list[Path]:
     from ftdist.sweep import directory
 
     return [run for member in directory.members(named) if (run := named / member.name).is_dir()]
+
+
+def _not_begun(named: Path) -> list[dict[str, Any]]:
+    """The members of a sweep that have no run directory, as `follow.status` has those that have."""
+    if not (named / "sweep.yaml").is_file():
+        return []
+    from ftdist.sweep import directory
+
+    states = {m.name: directory.state(named, m.name) for m in directory.members(named) if not (named / m.name).is_dir()}
+    return [{"run": str(named / name), "state": one.state, "detail": one.reason or "", "step": None, "steps": None,
+             "seconds_left": None, "job": None} for name, one in states.items()]  # fmt: skip
 
 
 def _runs(verb: str, argv: list[str]) -> list[Path]:

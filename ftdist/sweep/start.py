@@ -72,6 +72,9 @@ def start(made: compose.Composed, argv: list[str]) -> None:
         _refuse_other(sweep_dir, asked, made.words)
         go_on(sweep_dir, [])
         return
+    if directory.is_sweep(sweep_dir):
+        raise UserError(f"sweep_dir={sweep_dir}: holds a sweep already; go on with it: ftdist resume {sweep_dir}, or "
+                        "choose another")  # fmt: skip
     if automatic:
         rundir.clear_unfinished(sweep_dir)
     configs = made.configs

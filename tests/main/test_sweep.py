@@ -1,28 +1,51 @@
-"""One real sweep from the command line: a member that fails, the rank, going on, W&B, the page that compares."""
+"""One real sweep from the command line, killed while it trains and gone on with at once: a member that fails, the rank,
+W&B, the page that compares."""
 
 import json
+import os
 import re
-import shutil
+import signal
+import time
+from pathlib import Path
 
 import browser
 import pytest
 import yaml
+from conftest import SCRIPTS
 from matrix import overrides
 from offline import records
 
+pytestmark = pytest.mark.xdist_group("sweep")  # its sweep is made once
+
 RATES = ("0.001", "0.01", "1e+30")  # the last one breaks the numbers
 BEST = "01-0.01"
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
-def swept(run, small, tmp_path_factory):
-    """(the finished process, the sweep's directory)"""
-    sweep_dir = tmp_path_factory.mktemp("sweeps") / "rates"
+def words(small):
     words = [word for word in (*small, *overrides("full", "single")) if not word.startswith(("tracking", "train.lea"))]
     words += ["checkpoint.every_minutes=null", "checkpoint.every_steps=2", "checkpoint.keep_last=9"]
+    return [f"train.max_steps={STEPS}" if word.startswith("train.max_steps") else word for word in words]
+
+
+@pytest.fixture(scope="module")
+def swept(start, run, words, tmp_path_factory):
+    """(what the sweep said until it was killed, the finished `ftdist resume`, the sweep's directory)
+
+    SIGKILL comes as soon as the best member has done a step; the resume comes while its ranks still save.
+    """
+    sweep_dir = tmp_path_factory.mktemp("sweeps") / "rates"
     rates = f"train.learning_rate={','.join(RATES)}"
-    finished = run("train", "-m", *words, rates, "sweep.parallel=2", f"sweep_dir={sweep_dir}")
-    return finished, sweep_dir
+    process = start(Path(SCRIPTS, "ftdist"), "train", "-m", *words, rates, "sweep.parallel=2", f"sweep_dir={sweep_dir}",
+                    cwd=sweep_dir.parent)  # fmt: skip
+    file, end = sweep_dir / BEST / "metrics.jsonl", time.monotonic() + 200
+    while not (file.exists() and b"loss" in file.read_bytes()):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    said = process.communicate()[0]
+    return said, run("resume", sweep_dir), sweep_dir
 
 
 def results(sweep_dir):
@@ -30,7 +53,7 @@ def results(sweep_dir):
 
 
 def test_one_fails_the_others_are_ranked(swept):
-    finished, sweep_dir = swept
+    _, finished, sweep_dir = swept
     assert finished.status == 1, finished
     lines = finished.stdout.splitlines()
     assert lines[-1] == f"sweep: {sweep_dir}"
@@ -46,8 +69,8 @@ def test_one_fails_the_others_are_ranked(swept):
 
 
 def test_one_plan_and_one_preparation(swept):
-    finished, sweep_dir = swept
-    assert len(re.findall(r"^plan of ", finished.stdout, re.M)) == 1
+    said, finished, sweep_dir = swept
+    assert len(re.findall(r"^plan of ", said + finished.stdout, re.M)) == 1
     prepared = {
         json.loads((sweep_dir / row["name"] / "plan.json").read_text())["prepared"] for row in results(sweep_dir)
     }
@@ -55,7 +78,7 @@ def test_one_plan_and_one_preparation(swept):
 
 
 def test_each_member_can_be_made_again(swept):
-    _, sweep_dir = swept
+    _, _, sweep_dir = swept
     asked = yaml.safe_load((sweep_dir / "sweep.yaml").read_text())
     assert [entry["words"] for entry in asked["members"]] == [[f"train.learning_rate={rate}"] for rate in RATES]
     command = json.loads((sweep_dir / BEST / "env.json").read_text())["command"]
@@ -64,7 +87,7 @@ def test_each_member_can_be_made_again(swept):
 
 
 def test_wandb_groups_the_members(swept):
-    _, sweep_dir = swept
+    _, _, sweep_dir = swept
     names = set()
     for file in sweep_dir.glob("*/wandb/offline-run-*/*.wandb"):
         for header in (record.run for record in records(file) if record.HasField("run")):
@@ -74,7 +97,7 @@ def test_wandb_groups_the_members(swept):
 
 
 def test_the_page_compares(run, swept, tmp_path):
-    _, sweep_dir = swept
+    _, _, sweep_dir = swept
     finished = run("report", sweep_dir)
     assert finished.stdout == f"report: {sweep_dir}/report.html\n", finished
     text = (sweep_dir / "report.html").read_text()
@@ -94,23 +117,21 @@ def test_the_page_compares(run, swept, tmp_path):
             shown.close()
 
 
-def test_going_on(run, swept, tmp_path):
-    """The finished one is left alone, one that was stopped ends with the same bits, the failed one is tried again."""
-    _, first = swept
-    sweep_dir = tmp_path / "rates"
-    shutil.copytree(first, sweep_dir)
-    before = results(sweep_dir)
-    shutil.rmtree(sweep_dir / BEST / "final")  # as it was when it had been stopped after step 4
-    shutil.rmtree(sweep_dir / BEST / "checkpoints" / "step-00000006")
-    state = sweep_dir / "members" / f"{BEST}.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"state": "stopped", "status": 75}))
-    left_alone = (sweep_dir / "00-0.001" / "events.jsonl").read_text()
-    finished = run("resume", sweep_dir, "sweep.parallel=2")
-    assert finished.status == 1 and "2 members unfinished" in finished.stdout, finished
-    after = results(sweep_dir)
-    assert [row["objective"] for row in after] == [row["objective"] for row in before]
-    assert [row["attempts"] for row in after] == [2, 1, 2]
-    assert (sweep_dir / "00-0.001" / "events.jsonl").read_text() == left_alone
-    events = [json.loads(line) for line in (sweep_dir / BEST / "events.jsonl").open()]
-    assert [event["step"] for event in events if event["event"] == "resume"] == [4]
+def test_it_went_on_as_if_it_had_not_been_killed(run, swept, forks, words, tmp_path):
+    """Every step is done once, and the numbers and the weights are those of the same run alone."""
+    said, finished, sweep_dir = swept
+    assert "3 members unfinished" in finished.stdout and "still save" in finished.stdout
+    alone = forks.freeze(tmp_path / "alone", *words, "train.learning_rate=0.01", "tracking=none")
+    assert forks.start(alone, world=1) == [0]
+    for name in ("00-0.001", BEST):
+        rows = [json.loads(line) for line in (sweep_dir / name / "metrics.jsonl").open()]
+        assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+        if name == BEST:
+            events = [json.loads(line) for line in (sweep_dir / name / "events.jsonl").open()]
+            assert [event["step"] > 0 for event in events if event["event"] == "resume"] == [True]
+            for key in ("loss", "eval_loss"):
+                other = [json.loads(line) for line in (alone / "metrics.jsonl").open()]
+                assert [row[key] for row in rows if key in row] == [row[key] for row in other if key in row]
+            for file in (alone / "final").glob("*.safetensors"):
+                assert file.read_bytes() == (sweep_dir / name / "final" / file.name).read_bytes()
     run("resume", sweep_dir, "train.learning_rate=1").refused("train.learning_rate=1", "sweep.parallel")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ftdist import batch, compose, lease, rundir, stops
+from ftdist import batch, cli, compose, lease, rundir, stops
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.sweep import array, checks, directory, search, start
@@ -79,6 +79,13 @@ def test_slurm_is_asked_before_the_data_are_prepared(monkeypatch, tmp_path, word
         start.start(compose.several("train", words), words)
     assert f"#SBATCH --array={indices}\n" in asked[0] and len(asked) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_is_not_begun_over_another(sweep_dir, monkeypatch):
+    monkeypatch.setattr(checks, "planned", lambda _: pytest.fail("too late"))
+    words = ["-m", "seed=1,2", f"sweep_dir={sweep_dir}"]
+    with pytest.raises(UserError, match=f"sweep_dir={sweep_dir}: holds a sweep.*ftdist resume"):
+        start.start(compose.several("train", words), words)
 
 
 def test_the_disk_is_for_all_members(monkeypatch, tmp_path, capsys):
@@ -298,3 +305,13 @@ def test_a_resume_waits_for_members_that_still_save(sweep_dir, resumed, capfd):
     child.wait()
     waiting.join()
     assert directory.state(sweep_dir, "00").state == "waiting"
+
+
+def test_status_tells_of_members_that_have_not_begun(sweep_dir, capsys):
+    (sweep_dir / "01").rmdir()
+    directory.mark(sweep_dir, "01", state="refused", reason="strategy.r=4: not with this")
+    assert cli.main(["status", str(sweep_dir)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "refused" in line)
+    assert "/01 " in line and line.endswith("strategy.r=4: not with this")
+    assert cli.main(["logs", str(sweep_dir)]) == 2
+    assert "ftdist logs RUN" in capsys.readouterr().err
