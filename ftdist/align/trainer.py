@@ -107,7 +107,7 @@ class PreferenceTrainer(TokenTrainer):
         targets, head = batch["targets"], head or self.head
         with head.answering(targets if head.usable else None, each=True):
             output = self._forward(model, batch["input_ids"], batch["position_ids"])
-        each = output if head.usable else full_log_probabilities(output, targets)
+        each = head.answer(output) if head.usable else full_log_probabilities(output, targets)
         owner = (targets != IGNORED).nonzero()[:, 0]
         return each.new_zeros(len(targets)).index_add(0, owner, each)
 

@@ -500,16 +500,12 @@ def loss(
     fused: bool,
     each: bool = False,
 ) -> Loss:
-    """The fused head and loss of ftdist/loss.py, or the full logits: where the head has an adapter, where logits are
-    changed after it, and in other trainers. each: a log-probability for every token, whose logits are made again in
-    the backward pass."""
+    """The fused head and loss of ftdist/loss.py, or the full logits: where the head has an adapter, and in other
+    trainers. each: a log-probability for every token, whose logits are made again in the backward pass."""
     v, width = f.vocabulary, setting.compute
     if not fused:  # logits; in float32, as log-probabilities, and two gradients of that size on the way back
         kept = tokens * v * (width + 4)
         return Loss(kept, kept + tokens * v * 8, 0)
-    if f.capped:  # head, division, tanh, product; then float32 logits, log-probabilities and their gradients
-        kept = tokens * v * width + supervised * v * 4
-        return Loss(kept, kept + max(supervised * v * (width + 4), 2 * tokens * v * width), 0)
     rows = min(max(SMALLEST_CHUNK, CHUNK // (4 * v)), supervised)
     chunk = rows * v
     grad_hidden = supervised * f.hidden * width
@@ -520,11 +516,11 @@ def loss(
     kept = grad_hidden + grad_weight
     half = chunk * width if width < 4 else 0
     if each:  # in float32, as exponentials inside logsumexp or as a softmax, and once as the matrix is
-        inside = 2 * chunk * 4 + half
+        inside = (3 if f.capped else 2) * chunk * 4 + half  # the slope of the cap is one more
         return Loss(chosen, chosen + matrix + inside, chunk * 4, chosen + matrix + inside + grad_weight + product)
     # The exponentials inside logsumexp stand beside the float32 logits; a second chunk is made while the first one's
     # logits and their gradient still have a name.
-    inside = chunk * 4
+    inside = (2 if f.capped else 1) * chunk * 4
     several = supervised > rows
     top = max(chunk * 4 + (half if several else 0) + inside, chunk * 4 + half + product)
     if several:
@@ -601,17 +597,17 @@ def activations(
             worst = max(worst, use.backward - use.saved - behind)
             behind += use.saved + (hidden if use.keeps_input else 0)
         beside = mask
-    made = loss(f, setting, tokens, supervised, trained_head, head_weight, fused or f.capped, each)
+    made = loss(f, setting, tokens, supervised, trained_head, head_weight, fused, each)
     # A tied head's gradient waits for the embedding's, the last one of the pass.
     waiting = f.vocabulary * f.hidden * head_weight if tied and trained_head else 0
     # The embedding's gradient is made whole, when all other activations have gone.
     ending = hidden + ids + waiting + (f.vocabulary * f.hidden * setting.weight if embeddings_trained else 0)
-    # float32 gradients of the full logits
-    logits = 8 * supervised * f.vocabulary if f.capped else made.backward
     return Activations(
         kept=kept,
         # the gradient of the hidden states comes into being first, beside what the loss has kept
-        backward=max(kept + max(worst + waiting, made.saved + tokens * f.hidden * setting.compute + logits), ending),
+        backward=max(
+            kept + max(worst + waiting, made.saved + tokens * f.hidden * setting.compute + made.backward), ending
+        ),
         forward=beside,
         evaluation=max((use.forward for use in uses), default=0) + hidden + angles + mask,
         loss=made,
