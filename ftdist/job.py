@@ -6,6 +6,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -170,12 +171,14 @@ def plan(
     shapes: Shapes | None = None,
     filled: Filling | None = None,
     held_out_tokens: int = 0,
+    base_tokens: int = 0,
 ) -> Plan:
     """What would run, with the arithmetic. Loads no torch, no weights, no data; `config` was completed by `decide`.
 
     report: of the prepared data, if they are prepared; measured: the strategy has prepared what it needs;
     shapes: of the model, if they are known already (then nothing is asked that was asked before), and with them
-    filled: how long rows are that are not packed; held_out_tokens: what an evaluation while training reads.
+    filled: how long rows are that are not packed; held_out_tokens: what an evaluation while training reads;
+    base_tokens: what is read once, before the first step.
     """
     from ftdist.plan.advice import advice
     from ftdist.plan.refuse import refuse
@@ -317,18 +320,21 @@ def plan(
     if batch.total_steps is not None:
         made["total_steps"] = batch.total_steps
         made["steps_are_a_guess"] = guess is not None and train["max_steps"] <= 0
-    made |= forecast.forecast(config, shapes, recipe, made, batch.total_steps, filled)
+    dropouts = models.dropouts(shapes.config, config["model"]["dropout"])
+    trained = replace(shapes, config=shapes.config | dropouts) if dropouts else shapes
+    made |= forecast.forecast(config, trained, recipe, made, batch.total_steps, filled)
+    if made.get("reference") == "cached" and report is not None:
+        made["disk_bytes"]["reference"] = align.column_bytes(report["train_rows"], report["validation"])
     if dpo and (sorts := {name for name, _ in align.weighted_losses(config["task"])} & set(align.SORTED)):
         made["notes"].append(
             f"task.loss_type={min(sorts)}: sorts the {train['per_device_train_batch_size']} pairs of a rank's "
             "micro-batch, so the loss depends on how a step's pairs are divided"
         )
-    if config["model"]["dropout"]:
-        made["notes"].append("model.dropout: what its masks take is not counted")
     if batch.total_steps is not None and held_out_tokens:
         made["evaluations"] = forecast.evaluations(train, batch.total_steps, batch.steps_per_epoch)
         # a forward pass, of the three that training a token costs
-        made["evaluation_seconds"] = made["evaluations"] * held_out_tokens / made["tokens_per_second"] / 3
+        read = made["evaluations"] * held_out_tokens + base_tokens
+        made["evaluation_seconds"] = read / made["tokens_per_second"] / 3
     if asked and config["strategy"].get("top_percent") and recipe.trainable is not None and made["fits"] is not None:
         made["largest_top_percent"] = forecast.largest_percent(config, _planner(shapes, report, measured, filled), {})
     if asked and made["fits"] is False:
@@ -532,12 +538,15 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
             raise UserError(f"no row is held out (set data.validation_share or data.validation): {failure}")
         print("no row is held out: no held-out loss", flush=True)
     retention = evaluation.retention_data(config)
+    evaluation.refuse_preferences(config)
     evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
+    kept = evaluation.tokens_while_training(config, retention)
     made = plan(
         config,
         report=report,
         measured=True,
-        held_out_tokens=report["validation_tokens"] + evaluation.tokens_while_training(config, retention),
+        held_out_tokens=report["validation_tokens"] + kept,
+        base_tokens=kept,
     )
     print(
         f"data: {report['train']:,} rows to train on{_general(report)}, {report['validation']:,} held out; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,34 @@ from torch import nn
 
 IGNORED = -100
 CHUNK_BYTES = 64 << 20  # of float32 logits held at once
+ROUNDING = 0.02  # of the largest logit, in bfloat16
+SMALL = 2.0**-40  # times an answer in the place of logits: capping does not change it, and to undo it is exact
+
+
+@dataclass(frozen=True)
+class After:
+    """What an architecture does to the product of its output head: cap · tanh(factor · x / cap), or factor · x."""
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """In place, float32."""
+        if self.factor != 1.0:
+            logits.mul_(self.factor)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """The derivative, from the logits that the call has made."""
+        return self.factor if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.factor)
+
+    @property
+    def scale(self) -> float:
+        """What an answer in the place of logits is multiplied with, so that it survives."""
+        return 1.0 if self == NOTHING else SMALL / self.factor
+
+
+NOTHING = After()
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
@@ -19,7 +48,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     hidden (N, H), targets (N,) without ignored ones. The gradients are made in the forward pass, chunk by chunk:
     three matrix products a chunk, none repeated, and no (N, vocabulary) tensor ever. `kind` is `nll`, or `dft`
     (each token weighted by its own detached probability, arXiv 2508.05629). The part of the sum that belongs to the
-    `marked` tokens (N,) is added to the number `of_marked`.
+    `marked` tokens (N,) is added to the number `of_marked`. `after`: what is done to the logits.
     """
 
     @staticmethod
@@ -33,6 +62,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         kind: str,
         marked: torch.Tensor | None = None,
         of_marked: torch.Tensor | None = None,
+        after: After = NOTHING,
     ) -> torch.Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         vocabulary = weight.shape[0]
@@ -48,6 +78,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             for start in range(0, rows.shape[0], size):
                 part, target = rows[start : start + size], targets[start : start + size]
                 logits = nn.functional.linear(part, matrix, None if bias is None else bias.to(matrix.dtype)).float()
+                logits = after(logits)
                 partition = logits.logsumexp(-1, keepdim=True)
                 picked = logits.gather(1, target[:, None])
                 losses = partition - picked
@@ -60,12 +91,15 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                     of_marked += losses[marked[start : start + size]].sum()
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
+                slope = after.slope(logits)
                 grad = logits.sub_(partition).exp_()  # the softmax, in place
                 if smoothing:
                     grad -= smoothing / vocabulary
                 grad.scatter_add_(1, target[:, None], torch.full_like(picked, smoothing - 1))
                 if share is not None:
                     grad *= share
+                if after != NOTHING:
+                    grad *= slope
                 grad = grad.to(matrix.dtype)
                 if grad_hidden is not None:
                     torch.mm(grad, matrix, out=grad_hidden[start : start + size])
@@ -88,7 +122,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtype),
             None if grad_weight is None else grad_weight.mul_(scale),
             None if grad_bias is None else grad_bias.mul_(scale),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -101,7 +135,12 @@ class TokenLogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        after: After = NOTHING,
     ) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -109,10 +148,10 @@ class TokenLogProbabilities(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             matrix = weight.to(dtype)
             for part in _chunks(hidden, weight):
-                logits = _logits(hidden[part], matrix, bias)
+                logits = after(_logits(hidden[part], matrix, bias))
                 found[part] = logits.gather(1, targets[part, None])[:, 0] - logits.logsumexp(-1)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.dtype = dtype
+        ctx.dtype, ctx.after = dtype, after
         return found
 
     @staticmethod
@@ -126,8 +165,11 @@ class TokenLogProbabilities(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(ctx.dtype)
             for part in _chunks(hidden, weight):
-                grad = _logits(hidden[part], matrix, bias).softmax(-1).mul_(-wanted[part, None])
+                logits = ctx.after(_logits(hidden[part], matrix, bias))
+                grad = logits.softmax(-1).mul_(-wanted[part, None])
                 grad.scatter_add_(1, targets[part, None], wanted[part, None])
+                if ctx.after != NOTHING:
+                    grad *= ctx.after.slope(logits)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
                 grad = grad.to(matrix.dtype)
@@ -135,7 +177,7 @@ class TokenLogProbabilities(torch.autograd.Function):
                     grad_hidden[part] = (grad @ matrix).to(hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += grad.t() @ hidden[part].to(matrix.dtype)
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
@@ -146,6 +188,16 @@ def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
 def _logits(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     own = None if bias is None else bias.to(matrix.dtype)
     return nn.functional.linear(hidden.to(matrix.dtype), matrix, own).float()
+
+
+def _ways(config: Any) -> Iterator[After]:
+    """What a text model's configuration may mean; capping is believed, since small logits do not show it."""
+    cap = getattr(config, "final_logit_softcapping", None) or None
+    factors = [getattr(config, name, None) for name in ("logits_scaling", "logit_scale")]
+    yield After(1.0, cap)
+    for factor in filter(None, factors):
+        yield After(1 / factor, cap)
+        yield After(float(factor), cap)
 
 
 class Head:
@@ -161,9 +213,10 @@ class Head:
         self.each = False
         self.marked: torch.Tensor | None = None
         self.of_marked: torch.Tensor | None = None
+        self.after = NOTHING  # found out before the first step
+        self.known = list(_ways(model.config.get_text_config()))
         # An adapter on the head, or a head that is no plain matrix, has a forward of its own.
-        capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self.usable = type(self.module) is nn.Linear and not capped
+        self.usable = type(self.module) is nn.Linear
         if self.usable:
             self.original = self.module.forward
             self.module.forward = self._forward
@@ -175,12 +228,45 @@ class Head:
         weight, bias = self.module.weight, self.module.bias
         if not torch.is_grad_enabled():  # the function would make gradients that nobody asks for
             weight, bias = weight.detach(), None if bias is None else bias.detach()
+        scale = self.after.scale
         if self.each:
-            return TokenLogProbabilities.apply(hidden[wanted], weight, bias, self.targets[wanted])
-        marked = () if self.marked is None else (self.marked[wanted], self.of_marked)
-        return FusedLinearCrossEntropy.apply(
-            hidden[wanted], weight, bias, self.targets[wanted], self.smoothing, self.kind, *marked
+            found = TokenLogProbabilities.apply(hidden[wanted], weight, bias, self.targets[wanted], self.after)
+            return found if scale == 1 else found * scale
+        marked = (None, None) if self.marked is None else (self.marked[wanted], self.of_marked)
+        found = FusedLinearCrossEntropy.apply(
+            hidden[wanted], weight, bias, self.targets[wanted], self.smoothing, self.kind, *marked, self.after
         )
+        return found if scale == 1 else found * scale
+
+    def answer(self, output: torch.Tensor) -> torch.Tensor:
+        """What the head has answered, from what the model made of it."""
+        return output if self.after == NOTHING else output / SMALL
+
+    def understands(self, raw: torch.Tensor, logits: torch.Tensor) -> bool:
+        """Find the way from the head's own product to the model's logits; whether one of those known is it."""
+        for way in self.known:
+            made, wanted = way(raw.float().clone()), logits.float()
+            if (made - wanted).abs().max() <= ROUNDING * wanted.abs().max():
+                self.after = way
+                return True
+        return False
+
+    def found_out(self, other: Head) -> None:
+        """What is known of the trained model's head holds for this one, of the same architecture."""
+        self.usable, self.after = self.usable and other.usable, other.after
+
+    @contextmanager
+    def kept(self) -> Iterator[list[torch.Tensor]]:
+        """While open the head's own products are collected, where it is usable."""
+        found: list[torch.Tensor] = []
+        if not self.usable:
+            yield found
+            return
+        hook = self.module.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+        try:
+            yield found
+        finally:
+            hook.remove()
 
     @contextmanager
     def answering(

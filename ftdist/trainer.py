@@ -170,7 +170,7 @@ class TokenTrainer(Trainer):
         marked = () if parts is None else (inputs["general"], parts[1])
         with head.answering(*(targets, *marked) if head.usable else (None,)):
             output = self._forward(model, inputs["input_ids"], inputs["position_ids"])
-        total = output if head.usable else full_loss(output, targets, head.smoothing, head.kind)
+        total = head.answer(output) if head.usable else full_loss(output, targets, head.smoothing, head.kind)
         if parts is not None:
             general = targets.masked_fill(~inputs["general"], IGNORED)
             if not head.usable:
@@ -203,18 +203,20 @@ class TokenTrainer(Trainer):
         if half >= 2:
             ids = ids[: 2 * half]
             line = torch.arange(half, device=ids.device)
-            apart = self._forward(model, ids.view(2, half), torch.stack([line, line])).float()
+            with self.head.kept() as raw:
+                apart = self._forward(model, ids.view(2, half), torch.stack([line, line])).float()
+            if self.head.usable and not self._all_agree(self.head.understands(raw[0], apart)):
+                self._use_full_logits()
             if self.head.usable:
                 targets = torch.full_like(ids, IGNORED).view(2, half)
                 targets[:, :-1] = ids.view(2, half)[:, 1:]
                 with self.head.answering(targets):
                     fused = self._forward(model, ids.view(2, half), torch.stack([line, line]))
                 expected = full_loss(apart, targets, self.head.smoothing, self.head.kind)
+                fused = self.head.answer(fused)
                 same = fused.numel() == 1 and torch.allclose(fused.float().sum(), expected, rtol=0.02)
                 if not self._all_agree(same):
-                    self.head.usable = False  # logits are scaled or capped after the head: use them as they are
-                    if self.is_world_process_zero():
-                        print("loss: from the full logits (this architecture changes them after its output head)")
+                    self._use_full_logits()
             if self.packing:
                 packed = self._forward(model, ids[None], torch.cat([line, line])[None]).float()[0, half:]
                 mixed = self._forward(model, ids[None], torch.arange(2 * half, device=ids.device)[None]).float()[
@@ -227,6 +229,11 @@ class TokenTrainer(Trainer):
                         "implementation; use train.packing=false or model.attn_implementation=sdpa"
                     )
         model.train(training)
+
+    def _use_full_logits(self) -> None:
+        self.head.usable = False  # logits are changed after the head in a way of their own: use them as they are
+        if self.is_world_process_zero():
+            print("loss: from the full logits (this architecture changes them after its output head)")
 
     def _all_agree(self, fine: bool) -> bool:
         flag = torch.tensor(0 if fine else 1, device=self.args.device)

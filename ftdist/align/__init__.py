@@ -121,6 +121,11 @@ def reference_kind(task: dict[str, Any], adapters: bool, goes_on: bool) -> str:
     return "adapter_off" if adapters and not goes_on and task["reference_model"] is None else "cached"
 
 
+def column_bytes(*rows: int) -> int:
+    """Bytes of the reference's log-probabilities of so many pairs: two float32 numbers each."""
+    return 8 * sum(rows)
+
+
 def key(*facts: Any) -> str:
     """A name for the reference's log-probabilities, from all that decides them."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]

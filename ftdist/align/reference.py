@@ -56,7 +56,7 @@ class Reference:
             return torch.zeros(len(batch["targets"]), device=batch["targets"].device)
         if self.copy is not None:
             assert self.head is not None
-            self.head.usable = self.head.usable and trainer.head.usable  # the trainer has found out by now
+            self.head.found_out(trainer.head)
             return trainer.log_probabilities(self.copy, batch, self.head)
         adapted: Any = trainer.model
         with evaluating(model, adapted), adapted.disable_adapter():
@@ -143,7 +143,7 @@ class Reference:
                         if not trainer.examined:  # is the head's loss this architecture's?
                             trainer._examine(trainer.model_wrapped, batch)
                         if head is not None:
-                            head.usable = head.usable and trainer.head.usable
+                            head.found_out(trainer.head)
                         values = trainer.log_probabilities(model, batch, head)
                     pairs = values.reshape(2, -1).T.float().cpu().numpy()
                     mine.append(pairs[: len(numbers)])

@@ -28,10 +28,11 @@ class Tally(TrainerCallback, ExportableState):
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.sums = [0.0] * len(names)
+        self.dropped = False  # chosen answers had lost too much at the last logged step, which was said
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"sums": self.sums}}
+        return {"args": {}, "attributes": {"sums": self.sums, "dropped": self.dropped}}
 
     def add(self, step: torch.Tensor) -> None:
         """Of one step."""
@@ -63,7 +64,7 @@ class PreferenceTrainer(TokenTrainer):
         """chosen_drop: nats a token that chosen answers may lose against the reference without a warning."""
         super().__init__(**kwargs)
         self.objective, self.reference = objective, reference
-        self.chosen_drop, self.dropped = chosen_drop, False
+        self.chosen_drop = chosen_drop
         self.tally = Tally(SUMS)
         self.add_callback(self.tally)
         self.step_sums: Any = 0
@@ -106,7 +107,7 @@ class PreferenceTrainer(TokenTrainer):
         targets, head = batch["targets"], head or self.head
         with head.answering(targets if head.usable else None, each=True):
             output = self._forward(model, batch["input_ids"], batch["position_ids"])
-        each = output if head.usable else full_log_probabilities(output, targets)
+        each = head.answer(output) if head.usable else full_log_probabilities(output, targets)
         owner = (targets != IGNORED).nonzero()[:, 0]
         return each.new_zeros(len(targets)).index_add(0, owner, each)
 
@@ -179,7 +180,7 @@ class PreferenceTrainer(TokenTrainer):
         if self.chosen_drop is None:
             return
         drop = -sums["chosen_ratio"] / max(sums["chosen_tokens"], 1.0)
-        if drop > self.chosen_drop and not self.dropped and self.keeper.main:
+        if drop > self.chosen_drop and not self.tally.dropped and self.keeper.main:
             step = self.state.global_step
             text = (
                 f"chosen answers have lost {drop:.3g} nats a token against the reference (task.chosen_drop="
@@ -188,7 +189,7 @@ class PreferenceTrainer(TokenTrainer):
             )
             record(self.keeper.run_dir, self.keeper.token, "chosen-drop", step, text=text)
             print(f"warning: step {step}: {text}", flush=True)
-        self.dropped = drop > self.chosen_drop
+        self.tally.dropped = drop > self.chosen_drop
 
     # The reference's log-probabilities, once
 

@@ -113,6 +113,14 @@ def retention_data(config: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def refuse_preferences(config: dict[str, Any]) -> None:
+    """UserError if the evaluation after training would find no pairs in `eval.preferences`."""
+    named = config["eval"]["preferences"]
+    if named and config["eval"]["samples"]:
+        tokenizer, longest = Path(config["model"]["path"]), config["train"]["max_length"]
+        _prepared(Path(config["run_dir"]), config, tokenizer, longest, named, "eval.preferences")
+
+
 def refuse_overlap(values: dict[str, Any], prepared: Path, model: dict[str, Any], retention: dict[str, str]) -> None:
     """UserError if a retention set holds what is trained on, or a line of warning with eval.retention_overlap=warn."""
     if not retention:
@@ -246,4 +254,13 @@ def _prepared(
     try:
         return prepare(**keep)
     except UserError as failure:
-        raise UserError(str(failure).replace("data.path=", f"{key}="))
+        text = str(failure)
+        if "data.path=" in text:
+            raise UserError(text.replace("data.path=", f"{key}="))
+        raise UserError(f"{key}={data}: {next((said for mark, said in OF_OTHERS if mark in text), text)}")
+
+
+OF_OTHERS = (  # what the preparation of training data says of rows of the other kind, and what is to be said here
+    ("has chosen and rejected", "holds pairs of a chosen and a rejected answer; ask them with eval.preferences"),
+    ("need chosen and rejected", "holds no pairs of a chosen and a rejected answer; eval.retention takes texts"),
+)

@@ -127,6 +127,11 @@ class Tape:
         made = Value(x.elements, width, x.grad or y.grad)
         return self.record([x, y], made, shares=x.width == y.width, holds=holds)
 
+    def dropout(self, x: Value) -> Value:
+        """A new tensor, and the mask where a gradient flows."""
+        noise = Value(x.elements, 1 if self.setting.mask == 1 else x.width, False)
+        return self.record([x], Value(x.elements, x.width, x.grad), [noise] if x.grad else [])
+
     def product(self, x: Value, y: Value) -> Value:
         """x * y: each is saved if the other wants a gradient."""
         return self.elementwise(x, y, saved=[v for v, other in ((x, y), (y, x)) if other.grad])
@@ -171,10 +176,7 @@ class Tape:
             out = self.elementwise(out)  # PEFT clones what a 4-bit layer gives
         given = inner = x if layer.quantized and s.autocast else self.cast(x, s.adapter)
         if s.dropout:
-            noise = Value(inner.elements, s.mask if s.mask == 1 else inner.width, False)
-            inner = self.record([inner], Value(inner.elements, inner.width, inner.grad), [noise] if inner.grad else [])
-            if not inner.grad:
-                inner = Value(inner.elements, inner.width, False)
+            inner = self.dropout(inner)
         low = self.matmul(inner, layer.fan_in, layer.rank, s.adapter, True)
         high = self.matmul(low, layer.rank, layer.fan_out, s.adapter, True)
         scaled = self.elementwise(high)
@@ -305,6 +307,8 @@ class Family:
     experts_per_token: int  # 0: no mixture of experts
     capped: bool  # logits are changed after the output head
     exact: bool
+    attention_dropout: bool = False  # of attention's shares
+    residual_dropout: bool = False  # of what a block adds
 
 
 def family(config: dict[str, Any]) -> Family | None:
@@ -326,6 +330,8 @@ def family(config: dict[str, Any]) -> Family | None:
         experts_per_token=int(config.get("num_experts_per_tok", 2)) if kind == "mixtral" else 0,
         capped=kind == "gemma2" and config.get("final_logit_softcapping", 30.0) is not None,
         exact=kind in EXACT,
+        attention_dropout=bool(config.get("attention_dropout")),
+        residual_dropout=kind == "phi3" and bool(config.get("resid_pdrop")),
     )
 
 
@@ -386,6 +392,7 @@ def layer(
     out = tape.linear(attended, linear("self_attn.o_proj", q_size, f.hidden))
     if f.kind == "gemma2":
         out = norm(out, "post_attention_layernorm", f.hidden)
+    out = tape.dropout(out) if f.residual_dropout else out
     middle = tape.add(entry, out, [normed])
     normed = norm(middle, "pre_feedforward_layernorm" if f.kind == "gemma2" else "post_attention_layernorm", f.hidden)
     if f.experts_per_token:
@@ -401,6 +408,7 @@ def layer(
         out = tape.linear(tape.product(active, up), linear("mlp.down_proj", f.inner, f.hidden))
     if f.kind == "gemma2":
         out = norm(out, "post_feedforward_layernorm", f.hidden)
+    out = tape.dropout(out) if f.residual_dropout else out
     return usage(tape.operations, entry, tape.add(middle, out, [normed]), tape.cast_weights)
 
 
@@ -421,6 +429,10 @@ def _attention(
     tokens = batch * length
     scores = batch * f.heads * length * length
     masked = packed and attention in ("sdpa", "eager")
+    given = q.width if not s.autocast else s.compute
+    if f.attention_dropout and attention == "sdpa" and s.mask != 1:  # a CPU's own kernel has none: torch takes it apart
+        attention = "eager"
+        q, k, v = (tape.cast(x, 4) for x in (q, k, v))
     if f.heads != f.kv_heads and (attention == "eager" or masked):  # repeat_kv
         whole = tokens * f.heads * f.head_dim
         k = tape.record([k], Value(whole, k.width, k.grad))
@@ -439,9 +451,11 @@ def _attention(
         wide = Value(scores, 4, scored.grad)
         tape.record([scored], wide, [wide], 0, 0)
         weights = tape.cast(wide, width)
+        if f.attention_dropout:
+            weights = tape.dropout(weights)
         out = Value(tokens * f.heads * f.head_dim, width, grad)
         tape.record([weights, v], out, [weights, v])
-        return tape.record([out], Value(out.elements, width, grad))
+        return tape.cast(tape.record([out], Value(out.elements, width, grad)), given)
     out = Value(tokens * f.heads * f.head_dim, width, grad)
     saved = [q, k, v, out, Value(batch * f.heads * length, 4, False)]
     if masked:  # the boolean mask as numbers to add, made anew in each layer
@@ -486,16 +500,12 @@ def loss(
     fused: bool,
     each: bool = False,
 ) -> Loss:
-    """The fused head and loss of ftdist/loss.py, or the full logits: where the head has an adapter, where logits are
-    changed after it, and in other trainers. each: a log-probability for every token, whose logits are made again in
-    the backward pass."""
+    """The fused head and loss of ftdist/loss.py, or the full logits: where the head has an adapter, and in other
+    trainers. each: a log-probability for every token, whose logits are made again in the backward pass."""
     v, width = f.vocabulary, setting.compute
     if not fused:  # logits; in float32, as log-probabilities, and two gradients of that size on the way back
         kept = tokens * v * (width + 4)
         return Loss(kept, kept + tokens * v * 8, 0)
-    if f.capped:  # head, division, tanh, product; then float32 logits, log-probabilities and their gradients
-        kept = tokens * v * width + supervised * v * 4
-        return Loss(kept, kept + max(supervised * v * (width + 4), 2 * tokens * v * width), 0)
     rows = min(max(SMALLEST_CHUNK, CHUNK // (4 * v)), supervised)
     chunk = rows * v
     grad_hidden = supervised * f.hidden * width
@@ -506,11 +516,11 @@ def loss(
     kept = grad_hidden + grad_weight
     half = chunk * width if width < 4 else 0
     if each:  # in float32, as exponentials inside logsumexp or as a softmax, and once as the matrix is
-        inside = 2 * chunk * 4 + half
+        inside = (3 if f.capped else 2) * chunk * 4 + half  # the slope of the cap is one more
         return Loss(chosen, chosen + matrix + inside, chunk * 4, chosen + matrix + inside + grad_weight + product)
     # The exponentials inside logsumexp stand beside the float32 logits; a second chunk is made while the first one's
     # logits and their gradient still have a name.
-    inside = chunk * 4
+    inside = (2 if f.capped else 1) * chunk * 4
     several = supervised > rows
     top = max(chunk * 4 + (half if several else 0) + inside, chunk * 4 + half + product)
     if several:
@@ -587,17 +597,17 @@ def activations(
             worst = max(worst, use.backward - use.saved - behind)
             behind += use.saved + (hidden if use.keeps_input else 0)
         beside = mask
-    made = loss(f, setting, tokens, supervised, trained_head, head_weight, fused or f.capped, each)
+    made = loss(f, setting, tokens, supervised, trained_head, head_weight, fused, each)
     # A tied head's gradient waits for the embedding's, the last one of the pass.
     waiting = f.vocabulary * f.hidden * head_weight if tied and trained_head else 0
     # The embedding's gradient is made whole, when all other activations have gone.
     ending = hidden + ids + waiting + (f.vocabulary * f.hidden * setting.weight if embeddings_trained else 0)
-    # float32 gradients of the full logits
-    logits = 8 * supervised * f.vocabulary if f.capped else made.backward
     return Activations(
         kept=kept,
         # the gradient of the hidden states comes into being first, beside what the loss has kept
-        backward=max(kept + max(worst + waiting, made.saved + tokens * f.hidden * setting.compute + logits), ending),
+        backward=max(
+            kept + max(worst + waiting, made.saved + tokens * f.hidden * setting.compute + made.backward), ending
+        ),
         forward=beside,
         evaluation=max((use.forward for use in uses), default=0) + hidden + angles + mask,
         loss=made,

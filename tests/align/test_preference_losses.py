@@ -1,5 +1,6 @@
 """The losses of pairs and their gradients: ours beside TRL's own code and beside the papers' formulas."""
 
+import json
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from ftdist import align, compose, job, loss
 from ftdist.align.losses import LOSSES, Objective, Pairs
 from ftdist.align.pairs import collate_pairs
 from ftdist.align.reference import Reference
-from ftdist.align.trainer import PreferenceTrainer, without_dropout
+from ftdist.align.trainer import SUMS, PreferenceTrainer, Tally, without_dropout
 from ftdist.data.rows import IGNORED, PairRows
 from ftdist.errors import UserError
 
@@ -250,6 +251,29 @@ def test_dropout_is_off_however_an_architecture_calls_it(name):
     assert not torch.equal(model(ids).logits, model(ids).logits)
     without_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_a_collapse_is_said_once_also_over_a_stop(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ftdist.align.trainer.record", lambda *a, **k: None)
+    lost = dict.fromkeys(SUMS, 0.0) | {"chosen_ratio": -30.0, "chosen_tokens": 10.0}
+    kept = lost | {"chosen_ratio": -1.0}
+
+    def started(state=None):
+        made = trainer_of(tiny, None)
+        made.tally, made.chosen_drop, made.state = Tally(SUMS), 1.0, SimpleNamespace(global_step=1)
+        made.keeper = SimpleNamespace(main=True, run_dir=tmp_path, token=1)
+        vars(made.tally).update(json.loads(json.dumps(state or {})))  # as the keeper does
+        return made
+
+    first = started()
+    first._watch_chosen(lost)
+    assert capsys.readouterr().out.count("chosen answers have lost 3 nats") == 1
+    resumed = started(first.tally.state()["attributes"])
+    resumed._watch_chosen(lost)
+    assert not capsys.readouterr().out
+    resumed._watch_chosen(kept)
+    resumed._watch_chosen(lost)
+    assert "chosen answers have lost" in capsys.readouterr().out
 
 
 def test_certain_answers_have_finite_odds():

@@ -113,6 +113,7 @@ def test_columns_are_the_bases_own_log_probabilities(trained, model):
     plan = json.loads((run_dir / "plan.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     columns = load_file(run_dir / "reference.safetensors")
+    assert plan["disk_bytes"]["reference"] == sum(column.nbytes for column in columns.values())
     for split in ("train", "validation"):
         rows = rows_of(Path(plan["prepared"]) / split)
         assert columns[split].shape == (len(rows), 2)

@@ -199,18 +199,21 @@ ARCHITECTURES = {
     "llama": (LlamaConfig(**SMALL), True),
     "tied": (LlamaConfig(**SMALL, tie_word_embeddings=True), True),
     "bias": (PhiConfig(**SMALL), True),
-    "capped": (Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0), False),
-    "scaled-up": (CohereConfig(**SMALL, logit_scale=4.0), False),
-    "scaled-down": (GraniteConfig(**SMALL, logits_scaling=8.0), False),
+    "capped": (Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0), True),
+    "scaled-up": (CohereConfig(**SMALL, logit_scale=4.0), True),
+    "scaled-down": (GraniteConfig(**SMALL, logits_scaling=8.0), True),
+    "otherwise": (LlamaConfig(**SMALL), False),
 }
 
 
 @pytest.mark.parametrize("kind", ["nll", "dft"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_loss_is_the_architectures_own(tmp_path, name, kind):
-    """Logits that are scaled or capped after the head: the fused loss would be wrong, so it is switched off."""
+    """Logits that are scaled or capped after the head, too; where something else is done, the full ones are used."""
     config, fused = ARCHITECTURES[name]
     data, model = rows([12, 25]), new(config)
+    if name == "otherwise":
+        model.register_forward_hook(lambda _model, _inputs, output: setattr(output, "logits", output.logits**3))
     with torch.no_grad():
         if name == "bias":
             model.lm_head.bias.normal_()
@@ -220,6 +223,36 @@ def test_the_loss_is_the_architectures_own(tmp_path, name, kind):
     made.train()
     assert made.head.usable == fused
     assert made.state.log_history[0]["loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tied", "capped", "scaled-up", "scaled-down"])
+def test_gradients_through_what_follows_the_head(tmp_path, monkeypatch, name):
+    """Of the loss and of every token's log-probability, in chunks and without the full logits, against torch's own."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)  # 16 tokens at a time
+    data, model = rows([12, 25, 31]), new(ARCHITECTURES[name][0])
+    made = trainer(model, tmp_path, data)
+    batch = collate(data, 0)
+    made._examine(model, batch)
+    sizes = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.numel()))
+    losses = token_losses(model, data)
+    sizes.clear()
+    weights = torch.rand(len(losses), generator=torch.Generator().manual_seed(3))
+
+    def each():
+        with made.head.answering(batch["targets"], each=True):
+            return made.head.answer(made._forward(model, batch["input_ids"], batch["position_ids"]))
+
+    parameters = list(model.parameters())
+    for found, wanted in (
+        (made._summed_loss(model, batch), losses.sum()),
+        ((each() * weights).sum(), -(losses * weights).sum()),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        expected = torch.autograd.grad(wanted, parameters, retain_graph=True)
+        for mine, other in zip(torch.autograd.grad(found, parameters), expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    assert sizes == [1, len(losses)], "what the head gave, and no logits"
 
 
 @pytest.mark.parametrize("arguments", [{}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.2}], ids=str)

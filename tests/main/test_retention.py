@@ -102,6 +102,29 @@ def test_refused(small, tmp_path, words, parts):
     assert all(part in str(failure.value) for part in parts), failure.value
 
 
+def test_pairs_and_texts_in_one_another_s_key(small, tmp_path):
+    """The key that was set is named, with the one that takes such rows."""
+    pairs, texts = tmp_path / "pairs.jsonl", tmp_path / "texts.jsonl"
+    pairs.write_text("\n".join(json.dumps({"prompt": f"a{i}", "chosen": f"b{i}", "rejected": "c"}) for i in range(4)))
+    texts.write_text("\n".join(json.dumps({"text": f"some words {i}"}) for i in range(4)))
+    keys = (f"eval.retention={pairs}", f"eval.preferences={texts}", "eval.samples=1", f"run_dir={tmp_path / 'run'}")
+    (config,) = compose.compose("train", [*small, *keys])
+    job.decide(config)
+    with pytest.raises(UserError, match=f"eval.retention={pairs}: holds pairs .* eval.preferences"):
+        evaluate.retention_data(config)
+    with pytest.raises(UserError, match=f"eval.preferences={texts}: holds no pairs .* eval.retention"):
+        evaluate.refuse_preferences(config)
+
+
+def test_the_base_is_read_once_more_than_there_are_evaluations(small, tmp_path):
+    keys = ("train.eval_strategy=steps", "train.eval_steps=5", "train.max_steps=20", f"run_dir={tmp_path / 'run'}")
+    (config,) = compose.compose("train", [*small, *keys])
+    job.decide(config)
+    report = {"train_rows": 50, "train": 50, "validation": 9}
+    one, more = (job.plan(config, report, held_out_tokens=900, base_tokens=tokens) for tokens in (0, 300))
+    assert more["evaluation_seconds"] / one["evaluation_seconds"] == pytest.approx((4 * 900 + 300) / (4 * 900))
+
+
 def test_dropouts_of_an_architecture():
     assert models.dropouts({"model_type": "gpt2"}, 0.2) == dict.fromkeys(
         ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2

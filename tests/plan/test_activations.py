@@ -30,6 +30,8 @@ FAMILIES = {
     "qwen3": {"head_dim": 16},
     "phi3": {},
     "gemma": {"head_dim": 16},
+    "llama-dropout": {"attention_dropout": 0.1},
+    "phi3-dropout": {"resid_pdrop": 0.1},
 }
 # strategy, autocast (float32 weights beside a bfloat16 computation), bfloat16
 KINDS = {
@@ -146,7 +148,7 @@ def test_closed_form_is_the_real_model(name, kind, recompute):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llama-biases", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-biases", "mistral", "qwen2", "qwen3", "llama-dropout", "phi3-dropout"])
 def test_other_families_and_attentions(name, attention):
     (kept, peak), (real_kept, real_peak) = compared(name, "full", False, True, attention, False, packed=False)
     assert kept == pytest.approx(real_kept, rel=0.01)

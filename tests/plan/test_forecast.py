@@ -189,6 +189,19 @@ def test_steps_checkpoints_and_money_from_the_size_of_the_data(tmp_path):
     assert plain["steps_per_epoch"] == 512
 
 
+def test_masks_of_the_models_own_dropout_are_counted():
+    words = ("model.path=demo", "engine=single", "cluster.processes=1", "model.attn_implementation=eager",
+             "train.packing=false")  # fmt: skip
+    (_, plain), (config, dropped) = planned(*words), planned(*words, "model.dropout=0.1")
+    train = config["train"]
+    heads, layers = 4, 4
+    scores = train["per_device_train_batch_size"] * heads * layers * train["max_length"] ** 2
+    more = dropped["phases"]["forward"]["activations"] - plain["phases"]["forward"]["activations"]
+    width = 2 if train["bf16"] else 4
+    assert more == scores * width * (1 if train["bf16"] else 2)  # the mask, and what a cast would have made
+    assert not any("dropout" in note for note in dropped["notes"])
+
+
 def test_answers_need_a_device_for_the_whole_model_or_a_place_beside_the_states():
     words = ("experiment=llama31_70b_spectrum_nodes", "hardware=h100")
     _, plan = planned(*words, "eval.samples=100")
