@@ -231,6 +231,8 @@ def plan(
         gradient_checkpointing=train["gradient_checkpointing"],
         max_length=train["max_length"],
         packing=train["packing"],
+        profile=bool(train.get("profile")),
+        torch_compile=bool(train.get("torch_compile")),
     )
     forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
@@ -323,6 +325,8 @@ def plan(
             f"task.loss_type={min(sorts)}: sorts the {train['per_device_train_batch_size']} pairs of a rank's "
             "micro-batch, so the loss depends on how a step's pairs are divided"
         )
+    if train.get("profile"):
+        made["notes"].append("train.profile: what the trace of two steps takes is not counted")
     if config["model"]["dropout"]:
         made["notes"].append("model.dropout: what its masks take is not counted")
     if batch.total_steps is not None and held_out_tokens:

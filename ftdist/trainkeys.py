@@ -131,6 +131,9 @@ ELSEWHERE = {
     "restore_callback_states_from_checkpoint": "nothing (they are restored)",
 }
 
+# Keys of `train` that are ftdist's own: annotation and choices, as `fields` gives them.
+OWN: Mapping[str, tuple[str, tuple[Any, ...]]] = {"profile": ("bool", ())}
+
 # Limits that the types do not say.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
@@ -168,7 +171,7 @@ def fields(owner: str = "trl.trainer.sft_config:SFTConfig") -> Mapping[str, tupl
 
 def check_name(key: str) -> None:
     """UserError for a key that the installed trl/transformers do not have, or that ftdist would not read."""
-    known = fields()
+    known = {**fields(), **OWN}
     if key in REMOVED and key not in known:
         raise UserError(f"train.{key}: removed from transformers 5 / TRL 1; use {REMOVED[key]}")
     if key in ELSEWHERE:
@@ -185,7 +188,7 @@ def check(values: Mapping[str, Any]) -> None:
     """UserError for the first key that has no reader or a value that it cannot have."""
     for key, value in values.items():
         check_name(key)
-        _check_value(key, value, *fields()[key])
+        _check_value(key, value, *(OWN.get(key) or fields()[key]))
 
 
 def _check_value(key: str, value: Any, annotation: str, choices: tuple[Any, ...]) -> None:

@@ -62,6 +62,8 @@ def refuse(
     gradient_checkpointing: bool,
     max_length: int,
     packing: bool,
+    profile: bool = False,
+    torch_compile: bool = False,
     here: bool = True,
     installed: Callable[[str], bool] = lambda package: importlib.util.find_spec(package) is not None,
 ) -> None:
@@ -116,6 +118,12 @@ def refuse(
         directory = Path(nvme_path).expanduser()
         if not directory.is_dir() or not os.access(directory, os.W_OK):
             raise UserError(f"engine.nvme_path={nvme_path}: no directory that can be written here; make it first")
+
+    # Measuring
+    if profile and torch_compile:
+        raise UserError(
+            "train.profile=true: a compiled model has no phases to be told apart; use train.torch_compile=false"
+        )
 
     # Precision
     if bf16 and fp16:  # transformers' TrainingArguments

@@ -56,6 +56,10 @@ REFUSED = {
     ),
     "too long": ({"max_length": 2049}, "train.max_length=2049: the model's positions end at 2048"),
     "packed recurrent": ({"model_type": "mamba2"}, "train.packing=true: mamba2 carries its state"),
+    "a profile of a compiled model": (
+        {"profile": True, "torch_compile": True},
+        "train.profile=true: a compiled model has no phases",
+    ),
     "no recomputation": (
         {"recomputation": False},
         "train.gradient_checkpointing=true: llama does not support it",
