@@ -205,6 +205,8 @@ def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, An
             "use_reentrant": plan["stage"] == 3 and plan["adapters"],
             **(values.get("gradient_checkpointing_kwargs") or {}),
         }
+    if values.get("use_liger_kernel"):
+        values["liger_kernel_config"] = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # see loss.py
     if values.get("ddp_find_unused_parameters") is None:
         # Without it DDP regroups its buckets after a start's first step: over three ranks and more, sums would be made
         # in another order after a resume.

@@ -60,6 +60,8 @@ REFUSED = {
         {"profile": True, "torch_compile": True},
         "train.profile=true: a compiled model has no phases",
     ),
+    "kernels that are not installed": ({"liger": True}, "use_liger_kernel=true: the package liger_kernel is not"),
+    "kernels on a CPU": ({"liger": True, "gpu": False, "bf16": False}, "use_liger_kernel=true: its kernels need a GPU"),
     "no recomputation": (
         {"recomputation": False},
         "train.gradient_checkpointing=true: llama does not support it",
