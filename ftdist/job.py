@@ -40,7 +40,7 @@ from ftdist import scheduler as slurm
 from ftdist.data.prepare import prepare
 from ftdist.errors import FAILED, FENCED, OK, STOPPED, USAGE, Failed, UserError
 from ftdist.export import export
-from ftdist.plan import Plan
+from ftdist.plan import Plan, kernels
 from ftdist.plan import examples as look
 from ftdist.plan.batch import Filling, batch_arithmetic, filling
 from ftdist.plan.hardware import hardware
@@ -53,8 +53,6 @@ GROUPS = ("train", "model", "data", "task", "strategy", "engine", "cluster", "ha
 ROLL_BACKS = 3  # from one checkpoint, before it is given up
 ASKED = ".asked.json"  # the configuration as it was asked for, before anything was prepared
 AUTOMATIC = ("bf16", "gradient_checkpointing")  # keys of `train` that the plan decides when they are null
-BF16_CAPABILITY = 8.0  # Ampere, the first GPUs with bfloat16
-RECOMPUTE_ABOVE = 1_000_000_000  # parameters; below, activations are small beside what a GPU holds
 FILES = {
     "config.yaml": "the resolved configuration",
     "plan.json": "this plan",
@@ -227,13 +225,16 @@ def plan(
         processes=count,
         nodes=config["cluster"]["nodes"],
         gpu=devices.gpu,
-        gpu_has_bf16=None if devices.capability is None else devices.capability >= BF16_CAPABILITY,
+        gpu_has_bf16=None if devices.capability is None else devices.capability >= kernels.AMPERE,
         optim=train["optim"],
         bf16=bool(train["bf16"]),
         fp16=bool(train.get("fp16")),
         gradient_checkpointing=train["gradient_checkpointing"],
         max_length=train["max_length"],
         packing=train["packing"],
+        profile=bool(train.get("profile")),
+        torch_compile=bool(train.get("torch_compile")),
+        liger=bool(train.get("use_liger_kernel")),
     )
     forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
@@ -283,6 +284,14 @@ def plan(
         "sequences_per_step": batch.sequences_per_step,
         "tokens_per_step": batch.tokens_per_step,
         "arithmetic": batch.arithmetic,
+        "choices": kernels.all_of(
+            train,
+            config["model"]["attn_implementation"],
+            gpu=devices.gpu,
+            capability=devices.capability,
+            parameters=total,
+            takes=shapes.architecture.attention,
+        ),
         "files": FILES
         | ({"deepspeed.json": "DeepSpeed's settings"} if stage else {})
         | (
@@ -330,6 +339,8 @@ def plan(
             f"task.loss_type={min(sorts)}: sorts the {train['per_device_train_batch_size']} pairs of a rank's "
             "micro-batch, so the loss depends on how a step's pairs are divided"
         )
+    if train.get("profile"):
+        made["notes"].append("train.profile: what the trace of two steps takes is not counted")
     if batch.total_steps is not None and held_out_tokens:
         made["evaluations"] = forecast.evaluations(train, batch.total_steps, batch.steps_per_epoch)
         # a forward pass, of the three that training a token costs
@@ -387,13 +398,23 @@ def decide(config: dict[str, Any]) -> None:
     start.check(config["model"], config["strategy"])
     train = config["train"]
     devices = forecast.target(config, 1)
+    gpu, capability = devices.gpu, devices.capability
+    fp16 = bool(train.get("fp16"))
     if train["bf16"] is None:
-        has_bf16 = devices.capability >= BF16_CAPABILITY if devices.capability else _cpu_has_bf16()
-        train["bf16"] = not train.get("fp16") and has_bf16
+        train["bf16"] = kernels.bf16(gpu=gpu, capability=capability, fp16=fp16).value
     if config["model"]["dropout"] is not None:
         models.dropouts(shapes_of(config["model"]).config, config["model"]["dropout"])
     if train["gradient_checkpointing"] is None:
-        train["gradient_checkpointing"] = devices.gpu and shapes_of(config["model"]).total > RECOMPUTE_ABOVE
+        train["gradient_checkpointing"] = kernels.recomputation(
+            gpu=gpu, parameters=lambda: shapes_of(config["model"]).total
+        ).value
+    if config["model"]["attn_implementation"] == "auto":
+        config["model"]["attn_implementation"] = kernels.attention(
+            gpu=gpu,
+            capability=capability,
+            sixteen_bits=train["bf16"] or fp16,
+            takes=lambda: shapes_of(config["model"]).architecture.attention,
+        ).value
     if config["run_dir"] is None:
         config["run_dir"] = rundir.fresh_name(config["model"]["path"], config["strategy"]["name"])
 
@@ -737,12 +758,3 @@ def _named(path: Any, examples: int | None) -> list[str]:
     parts = path if isinstance(path, list) else [path]
     names = [str(part["path"] if isinstance(part, dict) else part) for part in parts]
     return names if examples is None else [*names, f"{examples:,} rows"]
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 by itself; without, it is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags

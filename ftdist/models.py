@@ -49,7 +49,7 @@ def load(
     path: str,
     revision: str | None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"],
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"],
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"],
     trust_remote_code: bool,
     quantization: Mapping[str, Any] | None,
     loaded_dtype: str,
@@ -60,6 +60,7 @@ def load(
 
     Under ZeRO-3 the training arguments must exist before this call: they make `from_pretrained` shard.
     """
+    assert attn_implementation != "auto"  # `job.decide` has put something in its place
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     kwargs: dict[str, Any] = dict(overrides or {})

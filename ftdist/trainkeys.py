@@ -106,8 +106,7 @@ ELSEWHERE = {
     "eval_on_start": "eval.samples (the base is always evaluated beside the tuned model)",
     "prediction_loss_only": "eval",
     "eval_accumulation_steps": "eval",
-    "use_liger_kernel": "train.loss (the fused loss is built in)",
-    "liger_kernel_config": "train.loss (the fused loss is built in)",
+    "liger_kernel_config": "nothing (with train.use_liger_kernel=true all kernels but the loss, which is ftdist's own)",
     "average_tokens_across_devices": "nothing (every token weighs the same on every rank)",
     "logging_nan_inf_filter": "nothing (a NaN is shown as it is)",
     "bf16_full_eval": "train.bf16",
@@ -130,6 +129,9 @@ ELSEWHERE = {
     "ignore_data_skip": "nothing (a resumed run takes the rows that come next)",
     "restore_callback_states_from_checkpoint": "nothing (they are restored)",
 }
+
+# Keys of `train` that are ftdist's own: annotation and choices, as `fields` gives them.
+OWN: Mapping[str, tuple[str, tuple[Any, ...]]] = {"profile": ("bool", ())}
 
 # Limits that the types do not say.
 AT_LEAST = {
@@ -168,7 +170,7 @@ def fields(owner: str = "trl.trainer.sft_config:SFTConfig") -> Mapping[str, tupl
 
 def check_name(key: str) -> None:
     """UserError for a key that the installed trl/transformers do not have, or that ftdist would not read."""
-    known = fields()
+    known = {**fields(), **OWN}
     if key in REMOVED and key not in known:
         raise UserError(f"train.{key}: removed from transformers 5 / TRL 1; use {REMOVED[key]}")
     if key in ELSEWHERE:
@@ -185,7 +187,7 @@ def check(values: Mapping[str, Any]) -> None:
     """UserError for the first key that has no reader or a value that it cannot have."""
     for key, value in values.items():
         check_name(key)
-        _check_value(key, value, *fields()[key])
+        _check_value(key, value, *(OWN.get(key) or fields()[key]))
 
 
 def _check_value(key: str, value: Any, annotation: str, choices: tuple[Any, ...]) -> None:

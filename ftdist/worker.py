@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftdist import imports, judge, lease, rundir, schema, start, stops
+from ftdist import imports, judge, lease, rundir, schema, start, stops, trainkeys
 from ftdist.errors import FAILED, OK, STOPPED, USAGE, Failed, UserError
 
 
@@ -146,6 +146,10 @@ def train(run_dir: Path) -> int:
         raise RuntimeError("the launcher's environment keeps DeepSpeed out (unset ACCELERATE_USE_CPU)")
 
     meter.follow(trainer)
+    if config["train"].get("profile"):  # a run of an older version has no such key
+        from ftdist.profiling import Profile
+
+        Profile(run_dir, ranks.rank).follow(trainer)
     finish = None
     if main:
         if checkpoint:
@@ -194,13 +198,15 @@ def training_arguments(run_dir: Path, config: dict[str, Any], plan: dict[str, An
     import torch
     from trl import SFTConfig
 
-    values = dict(config["train"])
+    values = {key: value for key, value in config["train"].items() if key not in trainkeys.OWN}
     if values["gradient_checkpointing"]:
         # PEFT under ZeRO-3 recomputes wrongly without the reentrant kind (TRL issue 2514).
         values["gradient_checkpointing_kwargs"] = {
             "use_reentrant": plan["stage"] == 3 and plan["adapters"],
             **(values.get("gradient_checkpointing_kwargs") or {}),
         }
+    if values.get("use_liger_kernel"):
+        values["liger_kernel_config"] = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # see loss.py
     if values.get("ddp_find_unused_parameters") is None:
         # Without it DDP regroups its buckets after a start's first step: over three ranks and more, sums would be made
         # in another order after a resume.

@@ -33,6 +33,7 @@ class Plan(_Always, total=False):
     reference: str  # task=dpo: cached, adapter_off, copy or none
     reference_key: str  # of the content that cached log-probabilities depend on
     forgetting: str  # what holds weights near their start, if anything does
+    choices: list[str]  # what depends on device and packages, with the reason
     steps_are_a_guess: bool  # from the size of the data, nothing being prepared yet
     # what `forecast.py` adds
     device_peak_bytes: int  # of one rank, in its highest phase

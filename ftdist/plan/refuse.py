@@ -62,6 +62,9 @@ def refuse(
     gradient_checkpointing: bool,
     max_length: int,
     packing: bool,
+    profile: bool = False,
+    torch_compile: bool = False,
+    liger: bool = False,
     here: bool = True,
     installed: Callable[[str], bool] = lambda package: importlib.util.find_spec(package) is not None,
 ) -> None:
@@ -116,6 +119,16 @@ def refuse(
         directory = Path(nvme_path).expanduser()
         if not directory.is_dir() or not os.access(directory, os.W_OK):
             raise UserError(f"engine.nvme_path={nvme_path}: no directory that can be written here; make it first")
+
+    if liger and not (gpu and installed("liger_kernel")):
+        lacks = "the package liger_kernel is not installed" if gpu else "its kernels need a GPU"
+        raise UserError(f"train.use_liger_kernel=true: {lacks}; use train.use_liger_kernel=false")
+
+    # Measuring
+    if profile and torch_compile:
+        raise UserError(
+            "train.profile=true: a compiled model has no phases to be told apart; use train.torch_compile=false"
+        )
 
     # Precision
     if bf16 and fp16:  # transformers' TrainingArguments

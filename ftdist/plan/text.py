@@ -29,6 +29,7 @@ def render(plan: Plan) -> str:
         ("engine", [f"{plan['engine']}, {world}"]),
         ("devices", [plan["devices"]]),
         ("precision", [plan["precision"]]),
+        ("choices", plan.get("choices", [])),
         ("batch", plan["arithmetic"]),
         *_forecast(plan),
         ("writes", _files(plan["files"])),

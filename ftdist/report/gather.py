@@ -9,6 +9,7 @@ from typing import Any
 
 from ftdist import rundir
 from ftdist.errors import UserError
+from ftdist.report import phases
 
 SAMPLES = 12  # answers shown
 
@@ -30,6 +31,7 @@ class Run:
     metrics: dict[str, Any]
     samples: list[dict[str, Any]]
     export: dict[str, Any]
+    profile: dict[str, Any]  # seconds by phase and rank, the length of steps
     selection: Path | None  # the picture of Spectrum's selection
     finished: bool
     deltas: list[tuple[str, Any, Any]] = field(default_factory=list)  # key, default, value
@@ -55,6 +57,7 @@ def run(directory: Path, name: str) -> Run:
         metrics=_json(directory / "eval" / "metrics.json"),
         samples=_telling(samples),
         export=_json(directory / "model" / "ftdist_export.json"),
+        profile=phases.gathered(directory),
         selection=picture if picture.is_file() else None,
         finished=(directory / "final").is_dir(),
         deltas=_deltas(config),

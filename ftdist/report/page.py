@@ -19,6 +19,7 @@ from ftdist.evaluate import tables
 from ftdist.report import compare
 from ftdist.report.compare import Comparison
 from ftdist.report.gather import Run
+from ftdist.report.phases import OWN, PHASES
 from ftdist.report.plots import MARKS, PAIRS, SERIES
 from ftdist.tracking import duration
 
@@ -44,6 +45,7 @@ def of_run(run: Run, svgs: dict[str, str]) -> str:
             _plots(svgs, ("loss", "retention", "answers", "learning_rate", "gradient_norm", "throughput", "memory")),
             _planned(run),
         ),
+        _section("Where the time went", _phases(run), _plots(svgs, ("step_seconds",))),
         _section("Preferences", _plots(svgs, [name.replace("/", "_") for name in PAIRS])),
         _section("Checkpoints, restarts, faults", _plots(svgs, ("time_line",)), _events(run)),
         _section("Spectrum", _selection(run)),
@@ -290,6 +292,27 @@ def _planned(run: Run) -> str:
     keys += [k for k in measured if k not in keys and isinstance(measured[k], int | float)]
     rows = [[escape(k.replace("_", " ")), _quantity(k, plan.get(k)), _quantity(k, measured.get(k))] for k in keys]
     return _table(["", "planned", "measured"], rows, numbers=True) if rows else ""
+
+
+def _phases(run: Run) -> str:
+    """Seconds by phase, over the ranks; the slowest one named."""
+    if not run.profile:
+        return ""
+    ranks = run.profile["ranks"]
+    total = sum(sum(seconds.values()) for seconds in ranks.values())
+    rows = []
+    for name in PHASES:
+        each = [seconds[name] for seconds in ranks.values()]
+        spread = [f"{min(each):,.1f}", f"{max(each):,.1f}"] if len(each) > 1 else []
+        rows.append([name, f"{sum(each) / len(each):,.1f}", *spread, f"{sum(each) / total:.1%}"])
+    head = ["phase", "seconds", *(["least", "most"] if len(ranks) > 1 else []), "share"]
+    said = ""
+    if slowest := run.profile.get("slowest"):
+        said = (
+            f"<p>Slowest: rank {slowest['rank']}, {slowest['share']:.1%} more time than the fastest in what no rank "
+            f"waits for another in ({', '.join(OWN)}).</p>"
+        )
+    return _table(head, rows, numbers=True) + said
 
 
 def _quantity(key: str, value: Any) -> str:

@@ -68,6 +68,7 @@ def of_run(run: Run) -> dict[str, Plot]:
     _kept(found, run)
     _differences(found, run)
     _trade(found, {run.name: run})
+    _step_seconds(found, run)
     _time_line(found, run)
     return found
 
@@ -297,6 +298,22 @@ def _trade(found: dict[str, Plot], runs: dict[str, Run]) -> None:
 
     words = "; ".join(f"{name}: retention {x:+.4g}, target {y:+.4g}" for name, (x, y) in points.items())
     found["target_retention"] = Plot("target against retention", f"change of loss: {words}", draw)
+
+
+def _step_seconds(found: dict[str, Plot], run: Run) -> None:
+    """How long steps took, of a profiled run."""
+    steps = run.profile.get("steps") or []
+    if not steps:
+        return
+
+    def draw(axes: Any, palette: Palette) -> None:
+        axes.hist(steps, bins=min(40, max(5, len(steps))), color=palette.line(0))
+        axes.set_xlabel("seconds of a step, rank 0")
+        axes.set_ylabel("steps")
+
+    ordered = sorted(steps)
+    alt = f"{len(steps)} steps of {ordered[0]:.3g} to {ordered[-1]:.3g} s, median {ordered[len(steps) // 2]:.3g} s"
+    found["step_seconds"] = Plot("length of steps", alt, draw)
 
 
 def _time_line(found: dict[str, Plot], run: Run) -> None:

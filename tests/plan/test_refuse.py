@@ -56,6 +56,12 @@ REFUSED = {
     ),
     "too long": ({"max_length": 2049}, "train.max_length=2049: the model's positions end at 2048"),
     "packed recurrent": ({"model_type": "mamba2"}, "train.packing=true: mamba2 carries its state"),
+    "a profile of a compiled model": (
+        {"profile": True, "torch_compile": True},
+        "train.profile=true: a compiled model has no phases",
+    ),
+    "kernels that are not installed": ({"liger": True}, "use_liger_kernel=true: the package liger_kernel is not"),
+    "kernels on a CPU": ({"liger": True, "gpu": False, "bf16": False}, "use_liger_kernel=true: its kernels need a GPU"),
     "no recomputation": (
         {"recomputation": False},
         "train.gradient_checkpointing=true: llama does not support it",
