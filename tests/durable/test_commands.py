@@ -71,15 +71,20 @@ def test_a_lost_rank_is_started_again(start, words, untouched, tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "engine", "command"),
     [
-        ("full", "zero2", ("accelerate", "launch", "--config_file", "launch/zero2.yaml", "--num_processes", "2",
-                           "--main_process_port", "0", "-m", "ftdist.train")),
+        ("full", "zero2", ("-m", "accelerate.commands.launch", "--config_file", "launch/zero2.yaml",
+                           "--num_processes", "2", "--main_process_port", "0", "-m", "ftdist.train")),
         ("lora", "ddp", ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", "ftdist.train")),
     ],
 )  # fmt: skip
 def test_terminated_under_somebody_elses_launcher(
-    start, run, verb, words, untouched, tmp_path, strategy, engine, command
+    start, forks, run, verb, words, untouched, tmp_path, strategy, engine, command
 ):
-    """The launcher is sent SIGTERM, as a scheduler does it; `ftdist resume` goes on under its own launcher."""
+    """The launcher is sent SIGTERM, as a scheduler does it; `ftdist resume` goes on under its own launcher.
+
+    Accelerate and its ranks are forked here; tests/main/test_outside_launcher.py starts its script.
+    """
+    if command[0] == "-m":
+        command = (forks.python, *command)
     run_dir = tmp_path / "run"
     given = [word for word in words(strategy, engine, *LONG) if not word.startswith(("engine=", "cluster."))]
     process = start(*command, *given, f"run_dir={run_dir}", cwd=REPOSITORY)

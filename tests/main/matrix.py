@@ -10,7 +10,7 @@ STRATEGIES = ("full", "lora", "qlora", "spectrum")
 # libaio's headers and which DeepSpeed's CPU accelerator does not offer. `test_config.py` has its refusals.
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 # Started as people do, with every process new; the others differ in nothing but the starting.
-BY_COMMAND = (("full", "single"), ("lora", "ddp"), ("qlora", "zero3"), ("spectrum", "zero2"), ("lora", "zero3"))
+BY_COMMAND = (("full", "single"), ("lora", "ddp"), ("qlora", "zero3"), ("spectrum", "zero2"))
 STEPS = 6
 GLOBAL_BATCH = 4  # packed rows; the same in every cell, so that curves can be compared
 RATE = 1e-2

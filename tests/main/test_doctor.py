@@ -34,7 +34,7 @@ def levels(found):
     return {finding.subject: finding.level for finding in found}
 
 
-def test_the_verb(run, slurm, tmp_path):
+def test_the_verb(run, verb, slurm, tmp_path):
     finished = run("doctor", "--json", "--shared", tmp_path, env={"PATH": slurm()})
     found = {row["subject"]: row for row in json.loads(finished.stdout)}
     assert finished.status == int(any(row["level"] == "wrong" for row in found.values()))
@@ -43,15 +43,15 @@ def test_the_verb(run, slurm, tmp_path):
     assert all(row["fix"] for row in found.values() if row["level"] != "ok"), found
     assert found["torch"]["level"] == found["versions"]["level"] == found["slurm"]["level"] == "ok"
     assert "gpu* (3 nodes), old (0 nodes)" in found["partitions"]["found"]
-    bad = run("doctor", "--shared", tmp_path / "nowhere", env={"PATH": slurm(scontrol="exit 1")})
+    bad = verb("doctor", "--shared", tmp_path / "nowhere", env={"PATH": slurm(scontrol="exit 1")})
     assert bad.status == 1
     lines = [line for line in bad.stdout.splitlines() if line.startswith("wrong")]
     assert any("slurm" in line and "controller does not answer" in line for line in lines)
     assert any("nowhere: no such directory" in line for line in lines)
-    bad = run("doctor", "cluster=slurm", "cluster.gpus=0", "cluster.processes=1", env={"PATH": slurm(
+    bad = verb("doctor", "cluster=slurm", "cluster.gpus=0", "cluster.processes=1", env={"PATH": slurm(
         sbatch='echo "sbatch: error: Invalid account" >&2; exit 1')})  # fmt: skip
     assert "wrong  cluster" in bad.stdout and "Invalid account" in bad.stdout
-    run("doctor", "--bogus").refused("--bogus", "--shared DIR")
+    verb("doctor", "--bogus").refused("--bogus", "--shared DIR")
 
 
 def test_versions_that_do_not_go_together(monkeypatch):

@@ -23,10 +23,13 @@ def of_two_ranks(strategy, engine):
             "zero3",
             ("accelerate", "launch", *TWO, "--config_file", "launch/zero3.yaml", "-m", "ftdist.train", "engine=zero3"),
         ),
-        ("ddp", ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", "ftdist.train")),
+        ("ddp", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ftdist.train")),
     ],
 )
-def test_the_same_run(execute, small, cell, tmp_path, engine, command):
+def test_the_same_run(execute, forks, small, cell, tmp_path, engine, command):
+    """torchrun and its ranks are forked here; tests/durable/test_commands.py starts its script."""
+    if command[0] == "-m":
+        command = (forks.python, *command)
     words = (*small, *of_two_ranks("full", engine), f"run_dir={tmp_path / 'runs' / 'one'}")
     finished = execute(*command, *words, cwd=REPOSITORY)
     assert finished.status == 0, finished

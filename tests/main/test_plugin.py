@@ -29,10 +29,10 @@ def installed(tmp_path_factory):
     return plugin.install(tmp_path_factory.mktemp("site"), "other_people", SOURCE, last_layers=YAML)
 
 
-def test_it_is_listed_with_its_meaning(run, installed):
+def test_it_is_listed_with_its_meaning(run, verb, installed):
     assert "last_layers  only the last layers are trained" in run("ls", "strategy", env=installed).stdout
-    assert "last_layers" not in run("ls", "strategy").stdout
-    assert run("completion", "words", "ftdist train strategy=last", env=installed).stdout == "last_layers\n"
+    assert "last_layers" not in verb("ls", "strategy").stdout
+    assert verb("completion", "words", "ftdist train strategy=last", env=installed).stdout == "last_layers\n"
 
 
 @pytest.mark.parametrize(

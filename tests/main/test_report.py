@@ -49,8 +49,8 @@ def rich(cell, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(run, rich):
-    finished = run("report", rich)
+def page(verb, rich):
+    finished = verb("report", rich)
     assert finished.status == 0, finished
     assert finished.stdout == f"report: {rich}/report.html\n"
     return rich / "report.html"
@@ -115,11 +115,11 @@ def test_wandb_gets_the_same_tables_and_plots(page, monkeypatch):
     assert {"plots/loss.path", "plots/differences.path", "eval/table.path"} <= logged.keys()
 
 
-def test_several_runs_are_compared(verb, cell, tmp_path):
+def test_several_runs_are_compared(run, verb, cell, tmp_path):
     sweep = tmp_path / "sweep"
     for name, strategy in (("0", "full"), ("1", "lora")):
         shutil.copytree(cell(strategy, "ddp").run_dir, sweep / name)
-    finished = verb("report", sweep)
+    finished = run("report", sweep)
     assert finished.stdout == f"report: {sweep}/report.html\n", finished
     text = (sweep / "report.html").read_text()
     for part in ("2 runs", "Lowest held-out loss", "strategy.name", "What differs", "held-out loss"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("wheel")  # built once
 REPOSITORY = Path(__file__).parents[2]
 KINDS = (".py", ".css")
 PARTS = ("ftdist", "conf", "launch", "slurm", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
