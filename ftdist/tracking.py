@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ftdist import rundir
+
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 Log = Callable[[dict[str, Any], int], None]
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
+WRITTEN = "written.json"  # in RUN/wandb: the last step that W&B's client has written, when it ended in order
 HELD_OUT = {"eval_perplexity": "perplexity", "eval_rewards/accuracies": "preference accuracy"}  # said beside the loss
 
 
@@ -49,10 +52,38 @@ def wandb_run(
     job_type: str | None,
     tags: list[str],
 ) -> tuple[Log, Callable[[], None]]:
-    """A W&B run of its own client: online when logged in, else offline in the run directory."""
+    """A W&B run of its own client: online when logged in, else offline in the run directory.
+
+    What a start that was killed has logged may have been in the client's memory alone: the steps since the last end in
+    order are logged again, except those that the server has.
+    """
     assert name == "wandb"
     run = _opened(run_dir, config, project, entity, group, job_type, tags)
-    return (lambda metrics, step: run.log(metrics, step=step)), (lambda: run.finish())
+    written = run_dir / "wandb" / WRITTEN
+    last = int(rundir.read_json(written).get("step", -1))
+
+    def log(metrics: dict[str, Any], step: int) -> None:
+        nonlocal last
+        run.log(metrics, step=step)
+        last = max(last, step)
+
+    def finish() -> None:
+        run.finish()
+        written.parent.mkdir(exist_ok=True)  # WANDB_MODE=disabled makes none
+        rundir.write_json(written, {"step": last})
+
+    first = max(last + 1, run.starting_step)
+    file = run_dir / "metrics.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        row = json.loads(line)
+        if row["step"] >= first:
+            log(_told(row), row["step"])
+    return log, finish
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """What W&B gets of a row of metrics.jsonl."""
+    return {key: value for key, value in row.items() if key != "step" and value is not None}
 
 
 def results(run_dir: Path, config: dict[str, Any], pictures: Path) -> None:
@@ -177,7 +208,7 @@ def follow(run_dir: Path, log: Log, out: IO[str], token: int) -> TrainerCallback
                 newest = next(iter(checkpoint.steps(run_dir)), None)
                 why = f"metrics.jsonl cannot be written ({failure.strerror})"
                 raise Failed(f"{why}; the newest checkpoint is that of step {newest}")
-            log({k: v for k, v in row.items() if k != "step" and v is not None}, row["step"])
+            log(_told(row), row["step"])
 
         def _line(self, step: int, steps: int, logs: dict[str, Any]) -> str:
             left = ""

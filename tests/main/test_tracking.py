@@ -4,10 +4,13 @@ import json
 import socket
 import textwrap
 import threading
+from types import SimpleNamespace
 
 import pytest
 from matrix import overrides
 from offline import history, records
+
+from ftdist import tracking
 
 SECRETS = {"HF_TOKEN": "hf_5ecret", "OPENAI_API_KEY": "sk-5ecret", "SOME_PASSWORD": "pa55word"}
 TALKER = '''
@@ -96,3 +99,31 @@ def the_offline_run_has_it_all(run_dir):
 
 def test_untracked_runs_leave_no_trace(cell):
     assert not list(cell("full", "single").run_dir.rglob("*wandb*"))
+
+
+def test_steps_that_a_killed_client_has_kept_in_memory(tmp_path, monkeypatch):
+    """The next start logs them again; not those of a start that ended in order, nor those that the server has."""
+    (tmp_path / "plan.json").write_text('{"id": "one"}')
+    told, online = [], SimpleNamespace(starting_step=0, finish=lambda: None)
+    online.log = lambda metrics, step: told.append((step, metrics["loss"]))
+    monkeypatch.setattr(tracking, "_opened", lambda *_: online)
+    keys = {"name": "wandb", "project": "p", "entity": None, "group": None, "job_type": None, "tags": []}
+
+    def starts(steps, ends):
+        told.clear()
+        log, finish = tracking.wandb_run(tmp_path, {}, **keys)
+        for step in steps:
+            with (tmp_path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "loss": step / 10, "grad_norm": None}) + "\n")
+            log({"loss": step / 10}, step)
+        if ends:
+            finish()
+        return [step for step, loss in told if loss == step / 10]
+
+    assert starts([1, 2], ends=False) == [1, 2]
+    assert starts([3, 4], ends=True) == [1, 2, 3, 4]
+    assert starts([5], ends=False) == [5]
+    assert starts([6], ends=True) == [5, 6]
+    assert starts([7], ends=False) == [7]
+    online.starting_step = 8  # the server has them all
+    assert starts([8], ends=True) == [8]
