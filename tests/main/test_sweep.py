@@ -6,12 +6,10 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 
 import browser
 import pytest
 import yaml
-from conftest import SCRIPTS
 from matrix import overrides
 from offline import records
 
@@ -37,7 +35,7 @@ def swept(start, run, words, tmp_path_factory):
     """
     sweep_dir = tmp_path_factory.mktemp("sweeps") / "rates"
     rates = f"train.learning_rate={','.join(RATES)}"
-    process = start(Path(SCRIPTS, "ftdist"), "train", "-m", *words, rates, "sweep.parallel=2", f"sweep_dir={sweep_dir}",
+    process = start("ftdist", "train", "-m", *words, rates, "sweep.parallel=2", f"sweep_dir={sweep_dir}",
                     cwd=sweep_dir.parent)  # fmt: skip
     file, end = sweep_dir / BEST / "metrics.jsonl", time.monotonic() + 200
     while not (file.exists() and b"loss" in file.read_bytes()):
