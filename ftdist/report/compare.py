@@ -111,12 +111,12 @@ def took(run: Run, seconds: float | None) -> dict[str, float | None]:
 def _working(events: list[dict[str, Any]]) -> float | None:
     """Seconds between each start and the last that is known of it; the time between a stop and the next start is none.
 
-    A start that was killed counts up to its last event.
+    A start that was killed counts up to its last event. In SLURM it is the job that starts, before its ranks do.
     """
-    total, begun, last = 0.0, None, None
+    total, begun, last, before = 0.0, None, None, None
     for event in sorted(events, key=lambda event: event["time"]):
-        if event.get("event") in ("start", "resume"):
+        if event.get("event") in ("job", "start", "resume") and before != "job":
             total += last - begun if begun is not None and last is not None else 0.0
             begun = event["time"]
-        last = event["time"]
+        last, before = event["time"], event.get("event")
     return None if begun is None or last is None else total + last - begun

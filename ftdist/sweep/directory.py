@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ftdist.errors import UserError
 
 FILE = "sweep.yaml"
 FOLDER = "members"
+LOCK = ".lock"  # in it
 WAITING, RUNNING, FINISHED, FAILED, STOPPED, PRUNED = "waiting", "running", "finished", "failed", "stopped", "pruned"
 REFUSED = "refused"  # a combination of a search that cannot be
 DONE = (FINISHED, PRUNED, REFUSED)
@@ -156,9 +158,15 @@ def state(sweep_dir: Path, name: str) -> State:
         return State()
 
 
-def locked(sweep_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """The lock of what is known of the members. Nothing else is locked while it is held."""
-    return lease.locked(sweep_dir / FOLDER)
+@contextlib.contextmanager
+def locked(sweep_dir: Path) -> Iterator[None]:
+    """The lock of what is known of the members, held for milliseconds; the kernel lets go of it when a holder dies.
+
+    However many jobs of an array start at once, each has its turn. Nothing else is locked while it is held.
+    """
+    with (sweep_dir / FOLDER / LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _changed(sweep_dir: Path, name: str, change: Callable[[State], dict[str, Any]]) -> State:

@@ -6,12 +6,10 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 
 import browser
 import pytest
 import yaml
-from conftest import SCRIPTS
 from matrix import overrides
 from offline import records
 
@@ -37,7 +35,7 @@ def swept(start, run, words, tmp_path_factory):
     """
     sweep_dir = tmp_path_factory.mktemp("sweeps") / "rates"
     rates = f"train.learning_rate={','.join(RATES)}"
-    process = start(Path(SCRIPTS, "ftdist"), "train", "-m", *words, rates, "sweep.parallel=2", f"sweep_dir={sweep_dir}",
+    process = start("ftdist", "train", "-m", *words, rates, "sweep.parallel=2", f"sweep_dir={sweep_dir}",
                     cwd=sweep_dir.parent)  # fmt: skip
     file, end = sweep_dir / BEST / "metrics.jsonl", time.monotonic() + 200
     while not (file.exists() and b"loss" in file.read_bytes()):
@@ -120,7 +118,7 @@ def test_the_page_compares(run, swept, tmp_path):
 def test_it_went_on_as_if_it_had_not_been_killed(run, swept, forks, words, tmp_path):
     """Every step is done once, and the numbers and the weights are those of the same run alone."""
     said, finished, sweep_dir = swept
-    assert "3 members unfinished" in finished.stdout and "still save" in finished.stdout
+    assert "3 members unfinished" in finished.stdout
     alone = forks.freeze(tmp_path / "alone", *words, "train.learning_rate=0.01", "tracking=none")
     assert forks.start(alone, world=1) == [0]
     for name in ("00-0.001", BEST):

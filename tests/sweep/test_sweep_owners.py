@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ftdist import batch, cli, compose, lease, rundir, stops
+from ftdist import batch, cli, compose, job, lease, rundir, stops
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.sweep import array, checks, directory, search, start
@@ -78,6 +78,24 @@ def test_slurm_is_asked_before_the_data_are_prepared(monkeypatch, tmp_path, word
     with pytest.raises(UserError, match="no such partition"):
         start.start(compose.several("train", words), words)
     assert f"#SBATCH --array={indices}\n" in asked[0] and len(asked) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shape_is_planned_once_and_one_that_cannot_fit_is_refused(monkeypatch, tmp_path, model, chat):
+    """In SLURM before anything is submitted, prepared or left; members that differ in the rate alone share a plan."""
+    monkeypatch.chdir(tmp_path)
+    planned, plan = [], job.plan
+    monkeypatch.setattr(job, "plan", lambda config, **keys: planned.append(config) or plan(config, **keys))
+    for name in ("submit", "test_only"):
+        monkeypatch.setattr(slurm, name, lambda *_: pytest.fail("too early"))
+    words = ["-m", f"model.path={model}", f"data.path={chat}", *IN_SLURM, "strategy=lora,full", "tracking=none",
+             "train.learning_rate=1e-4,2e-4", "hardware=cpu"]  # fmt: skip
+    configs = compose.several("train", [*words, "must_fit=false"]).configs
+    checks.planned(configs)
+    assert [config["strategy"]["name"] for config in planned] == ["lora", "full"]
+    words += ["train.per_device_train_batch_size=64", "cluster.memory=600M"]
+    with pytest.raises(UserError, match="the run does not fit"):
+        start.start(compose.several("train", words), words)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -110,6 +110,22 @@ def test_the_objective_is_the_last_finite_value(tmp_path):
     assert objective.order(values, "maximize") == ["d", "a", "c", "b"]
 
 
+def test_what_a_member_took(tmp_path):
+    """Pre-empted after 100 s, in the queue for 900, then 50 s: of the first start only the run's own events know."""
+    from types import SimpleNamespace
+
+    from ftdist.report import compare
+
+    told = [("job", 0), ("start", 20), ("requeue", 100), ("job", 1000), ("resume", 1010), ("finished", 1050)]
+    events = [{"event": event, "time": float(time), "step": None} for event, time in told]
+    config = {"hardware": {"price_per_hour": 36.0}}
+    run = SimpleNamespace(plan={"processes": 4, "nodes": 2}, steps=[], events=events, config=config)
+    assert compare.took(run, 60.0)["seconds"] == 150.0 and compare.took(run, 60.0)["cost"] == 8 * 36 * 150 / 3600
+    run.events = [event for event in events if event["event"] != "job"]  # on one machine
+    assert compare.took(run, None)["seconds"] == 80 + 40
+    assert compare.took(run, 130.0)["seconds"] == 130.0  # with start-up and evaluation
+
+
 # --- members as processes -------------------------------------------------------------------------
 
 SWEEP = {"name": "grid", "objective": "eval_loss", "direction": "minimize", "parallel": 1, "retries": 0}
