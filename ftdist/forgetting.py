@@ -22,6 +22,7 @@ from ftdist.plan.states import Penalty
 from ftdist.schema import nearest
 from ftdist.spectrum import reader
 
+TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their layers are transformers' Conv1D
 FOLDER = "fisher"  # in the run directory, and in the cache
 
 
@@ -58,13 +59,11 @@ def is_on(keys: Mapping[str, Any]) -> bool:
     return keys["name"] == "ewc" and keys["strength"] > 0
 
 
-def refuse(keys: Mapping[str, Any], task: str, engine: str, peft: Mapping[str, Any] | None, look: bool) -> None:
-    """UserError for keys that do not go together, or not with this engine or these adapters.
+def refuse(keys: Mapping[str, Any], engine: str, peft: Mapping[str, Any] | None, model_type: str, look: bool) -> None:
+    """UserError for keys that do not go together, or not with this engine, these adapters or this architecture.
 
     look: at the files that are named, which a run that goes on needs no more.
     """
-    if task != "sft":
-        raise UserError(f"forgetting=ewc: not with task={task}; use task=sft or forgetting=none")
     if keys["data"] is None and keys["fisher"] is None:
         raise UserError(
             "forgetting.data: missing; set forgetting.data=FILE, general data that are not to be forgotten, or "
@@ -82,6 +81,11 @@ def refuse(keys: Mapping[str, Any], task: str, engine: str, peft: Mapping[str, A
     if peft is not None and keys["adapters"] == "drift" and peft.get("use_dora"):
         raise UserError("forgetting.adapters=drift: DoRA also rescales the merged weight; use strategy.use_dora=false "
                         "or forgetting.adapters=plain")  # fmt: skip
+    if peft is not None and keys["adapters"] == "drift" and model_type in TRANSPOSED:
+        raise UserError(
+            f"forgetting.adapters=drift: model type {model_type} has Conv1D modules, whose weight lies transposed; use "
+            "forgetting.adapters=plain"
+        )
     if peft is None and keys["adapters"] == "plain":
         raise UserError("forgetting.adapters=plain: this strategy has no adapters; leave it out")
     for key in ("fisher", "earlier"):

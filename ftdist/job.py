@@ -238,7 +238,7 @@ def plan(
     )
     forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
-        forgetting.refuse(config["forgetting"], config["task"]["name"], engine, recipe.peft, look=not measured)
+        forgetting.refuse(config["forgetting"], engine, recipe.peft, shapes.model_type, look=not measured)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if report is not None:
@@ -708,7 +708,8 @@ def general_data(config: dict[str, Any], model: str, adapter: str | None) -> str
     data |= {"replay": None, "replay_share": None, "format": "auto", "columns": {}, "mask": "auto"}
     data |= dict.fromkeys(("min_answer", "max_answer", "max_repetition", "max_markup", "scripts"))
     try:
-        return str(prepared_data({**config, "data": data, "train": {**config["train"], "packing": False}}))
+        texts = {"data": data, "task": {"name": "sft"}, "train": {**config["train"], "packing": False}}
+        return str(prepared_data({**config, **texts}))
     except UserError as failure:
         raise UserError(f"forgetting.data={keys['data']}: {failure}")
 

@@ -110,6 +110,7 @@ def dropouts(config: Mapping[str, Any], wanted: float | Mapping[str, float] | No
         if re.search(r"dropout|pdrop", name)
         and not re.search("summary|classifier", name)  # of heads that a language model does not have
         and isinstance(value, (int, float))
+        and _acts(name, values | dict(config))
     ]
     if not known:
         raise UserError(
@@ -122,6 +123,15 @@ def dropouts(config: Mapping[str, Any], wanted: float | Mapping[str, float] | No
                 raise UserError(f"model.dropout.{name}: no dropout of {kind}; {nearest(name, known)}")
         return dict(wanted)
     return dict.fromkeys(known, wanted)
+
+
+def _acts(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the forward pass of the architecture reads this dropout (tests/main/test_retention.py tries them)."""
+    if config.get("model_type") == "mpt":  # what acts is inside attn_config
+        return False
+    if config.get("model_type") == "falcon" and name == "attention_dropout":
+        return bool(config.get("alibi") or not config.get("parallel_attn", True))
+    return True
 
 
 def tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -3,12 +3,13 @@ is in. Rows, checkpoints, health and sharded evaluation are its parent's."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ftdist.align import MEANS
@@ -201,9 +202,21 @@ class PreferenceTrainer(TokenTrainer):
 
 def without_dropout(model: Any) -> None:
     """Policy and reference shall differ by their weights alone. Adapters' dropout too."""
+    quiet: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # of those that call torch's functions themselves
-            if re.search("dropout|pdrop|layerdrop", name) and isinstance(value, float):
-                setattr(module, name, 0.0)
+        _silence(module)  # of those that call torch's functions themselves
+        config = getattr(module, "config", None)
+        # Falcon asks the configuration in its forward pass; the model's own is what will be saved
+        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+            if id(config) not in quiet:
+                quiet[id(config)] = copy.deepcopy(config)
+                _silence(quiet[id(config)])
+            module.config = quiet[id(config)]
+
+
+def _silence(owner: Any) -> None:
+    for name, value in vars(owner).items():
+        if re.search("dropout|pdrop|layerdrop", name) and isinstance(value, float):
+            setattr(owner, name, 0.0)

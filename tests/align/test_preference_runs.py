@@ -162,3 +162,15 @@ def test_a_collapse_of_chosen_answers_is_said(forks, words, tmp_path):
     said = events(run_dir, "chosen-drop")
     assert bool(said) == bool(dropped), (said, dropped)
     assert said and "task.beta" in said[0]["text"]
+
+
+def test_pairs_are_learnt_under_a_penalty(forks, words, chat, trained, tmp_path):
+    """EWC: the Fisher is of texts, and the first step is that of a run without it."""
+    keys = ("forgetting=ewc", f"forgetting.data={chat}", "forgetting.samples=8", "forgetting.strength=1e4")
+    run_dir = forks.freeze(tmp_path / "run", *words("full", "zero3", *keys))
+    assert forks.start(run_dir) == [0, 0], last_words(run_dir)
+    penalised, plain = steps(run_dir), steps(trained("full", "zero3"))
+    penalties = [row["ewc_penalty"] for row in penalised]
+    assert penalties[0] == 0 and penalties[-1] > 1e-3
+    assert penalised[1]["loss"] == pytest.approx(plain[1]["loss"], rel=1e-4)
+    assert penalised[-1]["loss"] > plain[-1]["loss"] + 1e-4, "it holds back"

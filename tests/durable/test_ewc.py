@@ -23,6 +23,7 @@ CELLS = [
     ("full", "zero2", *TWICE),
     ("full", "zero3"),
     ("full", "zero3", BF16),
+    ("full", "zero3_offload"),
     ("spectrum", "zero2"),
     ("lora", "ddp"),
     ("lora", "zero3"),

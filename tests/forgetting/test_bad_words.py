@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ftdist import base, cli, forgetting
+from ftdist import base, cli, compose, forgetting
 from ftdist.errors import UserError
 
 ON = ("forgetting=ewc", "forgetting.data=demo.jsonl", "engine=single")
@@ -45,12 +45,21 @@ def refused(small, tmp_path, monkeypatch, capfd, environment):
         (("engine=zero3_nvme", "engine.nvme_path=/tmp"), ("zero3_nvme", "zero3_offload")),
         (("forgetting.earlier=/nowhere",), ("forgetting.earlier=/nowhere: holds no Fisher",)),
         (("forgetting.adapters=plain",), ("forgetting.adapters=plain", "no adapters")),
-        (("task=dpo",), ("forgetting=ewc: not with task=dpo", "forgetting=none")),
         (("forgetting=ewk",), ("forgetting=ewk: no such choice",)),
     ],
 )
 def test_words_that_are_refused(refused, words, parts):
     refused((*ON, *words), *parts)
+
+
+def test_adapters_on_transposed_modules_are_refused_by_the_plan():
+    (config,) = compose.compose("plan", ["model.path=x", "data.path=y", *ON])
+    for peft, model_type in ((None, "gpt2"), ({"r": 4}, "llama")):
+        forgetting.refuse(config["forgetting"], "single", peft, model_type, look=False)
+    with pytest.raises(
+        UserError, match=r"forgetting\.adapters=drift: .*gpt2 has Conv1D.*use forgetting\.adapters=plain"
+    ):
+        forgetting.refuse(config["forgetting"], "single", {"r": 4}, "gpt2", look=False)
 
 
 def test_a_fisher_of_another_model_or_a_broken_one(refused, model, tmp_path):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from test_loss import SMALL, new, rows, token_losses, trainer
 from torch.nn import functional
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from ftdist import compose, evaluate, forecast, job, models
+from ftdist.align.trainer import without_dropout
 from ftdist.errors import UserError
 from ftdist.evaluate import scores
 
@@ -132,6 +133,45 @@ def test_dropouts_of_an_architecture():
     assert models.dropouts({"model_type": "llama"}, None) == {}
     with pytest.raises(UserError, match="model type mamba has no dropout"):
         models.dropouts({"model_type": "mamba"}, 0.1)
+
+
+OWN = {  # beside the sizes; what `model.dropout` may name, and what it may not since no forward pass reads it
+    "llama": {"intermediate_size": 24},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "phi": {"intermediate_size": 24},
+    "falcon": {},
+    "falcon-alibi": {"alibi": True},
+    "falcon-serial": {"parallel_attn": False},
+    "opt": {"ffn_dim": 16, "word_embed_proj_dim": 16},
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "gpt_neox": {"intermediate_size": 24},
+    "starcoder2": {"intermediate_size": 24},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_dropout_that_can_be_set_acts_and_is_off_for_pairs(name):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    values = {"model_type": name.partition("-")[0], **sizes, **OWN[name]}
+    known = models.dropouts(values, 0.5)
+    assert ("attention_dropout" in known) == (name not in ("falcon", "gpt2"))
+    ids = torch.arange(12)[None]
+    for one in known:
+        config = AutoConfig.for_model(**{**values, **dict.fromkeys(known, 0.0), one: 0.5})
+        model = AutoModelForCausalLM.from_config(config).train()
+        torch.manual_seed(1)
+        assert not torch.equal(model(ids).logits, model(ids).logits), one
+        without_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits), one
+        assert getattr(model.config, one) == 0.5, "what is saved stays as it was"
+
+
+def test_a_dropout_that_no_forward_pass_reads_is_refused():
+    with pytest.raises(UserError, match="model type mpt has no dropout"):
+        models.dropouts({"model_type": "mpt"}, 0.1)
+    with pytest.raises(UserError, match=r"model\.dropout\.attention_dropout: no dropout of model type falcon"):
+        models.dropouts({"model_type": "falcon"}, {"attention_dropout": 0.1})
 
 
 def test_label_smoothing_is_over_supervised_tokens(tmp_path):
