@@ -299,11 +299,7 @@ def plan(
             if forgetting.is_on(config["forgetting"])
             else {}
         ),
-        "command": [
-            launcher.command(run_dir, alone=count == 1 and not stage)
-            if local
-            else ["sbatch", str(run_dir / slurm.SCRIPT)]
-        ],
+        "command": [launcher.command(run_dir, alone=count == 1) if local else ["sbatch", str(run_dir / slurm.SCRIPT)]],
         **({"forgetting": forgetting.said(config["forgetting"], recipe.peft is not None)} if forgets else {}),
         "advice": advice(
             strategy=config["strategy"]["name"],

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -151,8 +152,8 @@ def accelerate_file(engine: str, count: int, deepspeed_file: Path) -> dict[str, 
 
 
 def command(run_dir: Path, alone: bool) -> list[str]:
-    """What starts every rank of a frozen run on this machine; alone: one process without DeepSpeed needs no launcher,
-    whose own imports take as long as torch's."""
+    """What starts every rank of a frozen run on this machine. alone: one process needs no launcher, which would import
+    torch a second time."""
     if alone:
         return [sys.executable, "-m", "ftdist.worker", str(run_dir)]
     return [
@@ -160,6 +161,17 @@ def command(run_dir: Path, alone: bool) -> list[str]:
         *("-m", "accelerate.commands.launch", "--config_file", str(run_dir / "accelerate.yaml")),
         *("--main_process_port", "0", "-m", "ftdist.worker", str(run_dir)),
     ]
+
+
+def told_alone(environment: Mapping[str, str], deepspeed: bool, gpu: bool) -> dict[str, str]:
+    """Variables of a rank that no launcher starts. DeepSpeed wants to find its one rank; transformers would spread a
+    process that sees several GPUs over all of them (DataParallel)."""
+    from ftdist import node  # which starts ranks by means of this module
+
+    told = node.place(0, 0, 1, 1, 0, "127.0.0.1", 0) if deepspeed else {}
+    if gpu:
+        told["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return told
 
 
 def run(run_dir: Path, count: int, token: int, grace: float) -> None:
@@ -195,7 +207,9 @@ def run(run_dir: Path, count: int, token: int, grace: float) -> None:
         previous = {number: signal.signal(number, ask) for number in stops.SIGNALS}
         try:
             # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
-            alone = count == 1 and not (run_dir / "deepspeed.json").exists()
+            alone = count == 1
+            if alone:
+                environment |= told_alone(environment, (run_dir / "deepspeed.json").exists(), devices()[1] == "GPU")
             child = subprocess.Popen(
                 command(run_dir, alone), env=environment, stderr=log, start_new_session=True, preexec_fn=end_with_parent
             )
