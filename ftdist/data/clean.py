@@ -65,6 +65,8 @@ class Cleaned:
     ids: np.ndarray  # uint64: hash of the row's own id, 0 without one
     scripts: np.ndarray
     ignored: tuple[str, ...]  # columns of the first row that nothing reads
+    first: tuple[str, ...]  # all columns of the first row
+    renamed: tuple[str, ...]  # columns that data.columns names and some row has
     count: int
     reject_reasons: list[str] = field(default_factory=list)
 
@@ -135,10 +137,15 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
     said: list[tuple[str, str]] = []
     rejects: list[dict[str, Any]] = []
     unread: tuple[str, ...] | None = None
+    first: tuple[str, ...] = ()
+    renamed: set[str] = set()
     seen = 0
     for line, raw in parse(block):
         seen += 1
+        if source.columns and isinstance(raw, dict):
+            renamed.update(name for name in source.columns.values() if name in raw)
         if unread is None and isinstance(raw, dict):
+            first = tuple(map(str, raw))
             unread = tuple(ignored(raw, format=source.format, columns=source.columns))
         try:
             if isinstance(raw, BadRow):
@@ -182,6 +189,8 @@ def clean_block(task: tuple[Rules, Path, Block]) -> Cleaned:
         ids,
         scripts.sum(0) if count else np.zeros(len(texts.SCRIPTS), np.int64),
         unread or (),
+        first,
+        tuple(renamed),
         count,
     )
 

@@ -125,6 +125,9 @@ def decide(
             held = (held if root is None else held[root]) & mine
         else:
             held = mine & (draw < validation_share)
+        if held.any() and not several:
+            held[:] = False
+            found.notes.append("one row is all there is to train on; none is held out")
         if not held.any() and several:
             held[np.argmin(np.where(mine, draw, 2))] = True
             found.notes.append("the share would leave no validation row; one is held out all the same")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftdist.data import arrow
-from ftdist.data.clean import json_line, load_rows, reject_line, row_texts
+from ftdist.data.clean import json_line, load_rows, reject_line
 from ftdist.data.formats import Reject
 from ftdist.data.sources import Source
 from ftdist.data.template import Unsegmentable
@@ -59,6 +59,14 @@ class Encoded:
     validation: str  # lines of validation_rows.jsonl
 
 
+def _characters(row: dict[str, Any]) -> int:
+    """Roughly what a row gives the tokenizer."""
+    if "text" in row:
+        return len(row["text"])
+    parts = [row["messages"]] if "messages" in row else [row["prompt"], row["chosen"], row["rejected"]]
+    return sum([len(message["content"]) for messages in parts for message in messages])
+
+
 class _Block:
     """One block on its way to tokens."""
 
@@ -91,7 +99,7 @@ class _Block:
         size = 0
         for row in picked:
             group.append(row)
-            size += sum(map(len, row_texts(self.rows[row]))) + 100
+            size += _characters(self.rows[row]) + 100
             if size >= _BATCH_CHARACTERS:
                 yield group
                 group, size = [], 0

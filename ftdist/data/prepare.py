@@ -26,7 +26,7 @@ from ftdist.data.encode import TRAIN, Laying
 from ftdist.data.formats import COLUMNS
 from ftdist.data.pool import Pool, Progress, cores, pool
 from ftdist.data.reading import blocks
-from ftdist.data.sources import Source, chosen
+from ftdist.data.sources import KINDS, Source, chosen
 from ftdist.data.text import SCRIPTS
 from ftdist.errors import UserError
 
@@ -181,7 +181,14 @@ def prepare(
             cleaned, numbers = _clean(rules, work, made, processes, loading)
             frozen = loading.result()
             rows = Rows(cleaned, numbers.mapped(), sources)
+            _check_renamed(sources, cleaned)
             _too_many_rejects(rows.rejected, rows.seen, max_rejects, made, final, sources)
+            held_out = [s.name for s in sources if s.kind == "validation"]
+            if held_out and not (rows.kind == KINDS.index("validation")).any():
+                raise UserError(
+                    f"data.validation={', '.join(held_out)}: holds no row that can be used; give one that does, or "
+                    "leave it out: data.validation_share holds rows out"
+                )
             found = decide(
                 rows,
                 rules,
@@ -247,6 +254,19 @@ def _check(columns: dict[str, str], scripts: list[str] | None, overlong: str, ta
         raise UserError("data.overlong=split: a preference row can't be split; use truncate or drop")
     if task not in ("sft", "dpo"):
         raise UserError(f"task={task}: data can be prepared for sft and dpo")
+
+
+def _check_renamed(sources: list[Source], cleaned: list[Cleaned]) -> None:
+    """A column that the user names is there, in some row at least."""
+    found = {name for block in cleaned for name in block.renamed}
+    for source in sources:
+        for ours, theirs in source.columns.items():
+            if theirs not in found:
+                has = ", ".join(next((b.first for b in cleaned if sources[b.source] is source), ())) or "none"
+                raise UserError(
+                    f"data.columns.{ours}={theirs}: no row has such a column; those of {source.name}: {has} "
+                    "(our name: yours)"
+                )
 
 
 def _check_replay(replay: Any, share: float | None, task: str) -> None:

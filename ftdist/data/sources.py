@@ -43,6 +43,8 @@ def find(named: str, *, key: str) -> tuple[list[Path], list[Path], list[Path]]:
     Only in a folder or on the hub do names like `validation` and `test` decide. UserError names the key
     `key`.
     """
+    if not named.strip():
+        raise UserError(f"{key}={named!r}: names no data; give a file, a folder, a glob or a hub id")
     path = Path(named).expanduser()
     try:
         if path.is_file():
@@ -170,6 +172,8 @@ def chosen(
             aside += map(str, kept_out)
         aside += map(str, tests)
     sources += held_out
+    if validation == []:
+        raise UserError("data.validation=[]: names no data; give a file, or data.validation_share=0 for none")
     for kind, named_files in (("validation", validation), ("against", against)):
         for named in [named_files] if isinstance(named_files, str) else named_files or ():
             place = _demo(cache_dir, seed, task, "validation") if named == "demo" else named

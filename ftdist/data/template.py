@@ -13,6 +13,7 @@ are found in one of three ways, each verified against the text that the template
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ PLAIN = """\
 """
 
 NAMED = {"default": DEFAULT, "chatml": CHATML, "alpaca": ALPACA, "plain": PLAIN}
+
+
+# The patterns of roles that nearly all rows have: the whole, and what the model is asked with
+_ORDINARY = (("user",), ("user", "assistant"), ("system", "user"), ("system", "user", "assistant"))
+_AWKWARD = "words\n\n{{ 'text' }} <b>&amp;</b> \u06a9\u200c \n"  # a content that shows whether it is left as it is
 
 
 class Unsegmentable(Exception):
@@ -120,7 +126,16 @@ class Closing:
 class Template:
     """A chat template with the tokens and the keywords that it sees."""
 
-    def __init__(self, text: str, *, tokens: dict[str, str], specials: list[str], keywords: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        text: str,
+        *,
+        tokens: dict[str, str],
+        specials: list[str],
+        keywords: dict[str, Any],
+        known: dict[str, Any] | None = None,
+    ) -> None:
+        """known: what `learn` of the same template gave."""
         self.text = text
         self._variables = {**tokens, **keywords}
         self._tagged = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
@@ -129,8 +144,31 @@ class Template:
         words = sorted((s for s in specials if s.strip()), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, words)) or r"(?!)")
         self._ends_special = re.compile(rf"(?:{self._special.pattern})\Z")
-        self._header = self._find_header()
-        self.closing = self._find_closing()
+        if known is None:
+            self._header = self._find_header()
+            self.closing = self._find_closing()
+            return
+        self._opaque, self._header, self.closing = known["opaque"], known["header"], Closing(*known["closing"])
+        for roles, prompt, pieces, order, trims in known["skeletons"]:
+            made = _Skeleton(tuple(pieces), tuple(order), tuple((left, right) for left, right in trims))
+            self._skeletons[tuple(roles), prompt] = made
+
+    def learn(self) -> dict[str, Any]:
+        """What is known of the template when ordinary conversations have been rendered, as JSON holds it.
+
+        Where the template is opaque, a process that is given this renders such rows without importing transformers.
+        """
+        for roles in _ORDINARY:
+            messages = [{"role": role, "content": f" {role}'s {_AWKWARD}"} for role in roles]
+            with suppress(Reject):  # no system prompts, say
+                self.render(messages, None, prompt=roles[-1] == "user")
+        usable = self._skeletons if self._opaque else {}
+        return {
+            "opaque": self._opaque,
+            "header": self._header,
+            "closing": [self.closing.text, self.closing.special],
+            "skeletons": [[*key, s.pieces, s.order, s.trims] for key, s in usable.items() if s is not None],
+        }
 
     # --- rendering
 

@@ -58,6 +58,7 @@ def freeze_tokenizer(
         "bos": tokenizer.bos_token_id if adds_bos else None,
         "vocabulary": len(tokenizer),
     }
+    frozen["known"] = _template(frozen).learn()
     to.mkdir(parents=True, exist_ok=True)
     (to / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
     (to / "template.json").write_text(json.dumps(frozen), encoding="utf-8")
@@ -76,15 +77,18 @@ class Frozen:
     sizes: np.ndarray | None  # in bytes
 
 
+def _template(frozen: dict[str, Any]) -> Template:
+    given = {key: frozen[key] for key in ("tokens", "specials", "keywords")}
+    return Template(frozen["template"], known=frozen.get("known"), **given)
+
+
 @lru_cache(maxsize=2)
 def load_frozen(folder: Path) -> Frozen:
     """What freeze_tokenizer wrote."""
     from tokenizers import Tokenizer
 
     frozen = json.loads((folder / "template.json").read_text(encoding="utf-8"))
-    template = Template(
-        frozen["template"], tokens=frozen["tokens"], specials=frozen["specials"], keywords=frozen["keywords"]
-    )
+    template = _template(frozen)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     pieces = spelling(tokenizer)
     sizes = None if pieces is None else np.array([len(piece) for piece in pieces], np.int64)

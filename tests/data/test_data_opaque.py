@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,29 @@ def test_a_template_that_asks_nothing_gives_the_same_text(name: str) -> None:
     renderings.clear()
     made.render(conversation(["new question", "new answer"]), None)
     assert not renderings
+
+
+@pytest.mark.parametrize("name", [*OPAQUE, "qwen3"])
+def test_what_one_process_learns_another_need_not_render(name: str) -> None:
+    """Through JSON, as it goes to the processes; templates that ask something are rendered there all the same."""
+    text = OPAQUE.get(name, QWEN3)
+    learnt = template(text).learn()
+    fresh = template(text)
+    given = {"tokens": TOKENS, "specials": ["<|im_end|>", "</s>", "<|eot_id|>"], "keywords": {}}
+    told = Template(text, known=json.loads(json.dumps(learnt)), **given)
+    assert told.closing == fresh.closing and told._header == fresh._header
+    renderings: list[int] = []
+    inner = told._render
+
+    def counted(*given: Any, **keywords: Any) -> Any:
+        renderings.append(1)
+        return inner(*given, **keywords)
+
+    told._render = counted  # type: ignore[method-assign]
+    messages = conversation([" who\u200c is <it>?\n", "  nobody & all "])
+    assert told.segment(messages, None) == fresh.segment(messages, None)
+    assert told.render(messages[:1], None, prompt=True) == fresh.render(messages[:1], None, prompt=True)
+    assert bool(renderings) == (name not in OPAQUE)
 
 
 def test_a_skeleton_that_would_be_wrong_is_noticed() -> None:

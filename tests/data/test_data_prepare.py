@@ -134,6 +134,16 @@ def test_split_does_not_move_when_rows_are_added(tmp_path: Path, run_prepare: An
     assert not held[after] & set(texts(before, tokenizer_path))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_single_row_is_trained_on(tmp_path: Path, run_prepare: Any, seed: int) -> None:
+    """Whatever the draw says: a validation set of everything is no help."""
+    report = read_report(
+        run_prepare(write_jsonl(tmp_path / "a.jsonl", [pair(1)] * 9), seed=seed, validation_share=0.99)
+    )
+    assert (report["train"], report["validation"], report["duplicates_exact"]) == (1, 0, 8)
+    assert any("none is held out" in note for note in report["notes"])
+
+
 def test_near_duplicates_that_stay_are_on_one_side(tmp_path: Path, run_prepare: Any, tokenizer_path: Path) -> None:
     rows = []
     for i in range(60):
@@ -269,6 +279,9 @@ def test_the_verb_prepares_preferences_and_supervised_training_takes_none(tmp_pa
         ([{"question": "q", "answer": "a"}], {"chat_template": "nope"}, "data.chat_template=nope"),
         ([{"question": "q", "answer": "a"}], {"tokenizer_path": "/nowhere"}, "no tokenizer"),
         ([{"question": "q", "answer": "a"}], {"validation": "/nowhere.jsonl"}, "data.validation=/nowhere.jsonl"),
+        ([{"question": "q", "answer": "a"}], {"validation": []}, "data.validation=[]"),
+        ([{"question": "q", "answer": "a"}], {"validation": " "}, "data.validation=' '"),
+        ([{"question": "q", "answer": "a"}], {"columns": {"answer": "rply"}}, "data.columns.answer=rply: no row has"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, run_prepare: Any, rows: Any, changes: Any, said: str) -> None:
@@ -280,9 +293,18 @@ def test_mistakes_are_one_line(tmp_path: Path, run_prepare: Any, rows: Any, chan
     assert all(name.startswith("rejects-") for name in left)
 
 
+def test_a_held_out_file_without_rows_is_no_validation(tmp_path: Path, run_prepare: Any) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [pair(i) for i in range(5)])
+    nothing = write_jsonl(tmp_path / "nothing.jsonl", [])
+    with pytest.raises(UserError, match=f"data.validation={nothing}: holds no row"):
+        run_prepare(path, validation=str(nothing))
+
+
 def test_unreadable_file_is_one_line(tmp_path: Path, run_prepare: Any) -> None:
     with pytest.raises(UserError, match="no such file"):
         run_prepare(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match="data.path='': names no data"):  # and not everything in this folder
+        run_prepare("")
 
 
 # --- any input ---------------------------------------------------------------------------------------------------
