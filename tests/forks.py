@@ -176,15 +176,21 @@ def serve(listening):
             if key.fileobj is listening:
                 asker, _ = listening.accept()
                 text, files, _, _ = socket.recv_fds(asker, 1 << 16, 3)
-                while not text.endswith(b"\n"):
-                    text += asker.recv(1 << 16)
-                pid = forked(program, json.loads(text), files)
+                while not text.endswith(b"\n") and (more := asker.recv(1 << 16)):
+                    text += more
+                whole = text.endswith(b"\n")  # not of who was killed while it asked
+                pid = forked(program, json.loads(text), files) if whole else None
                 for file in files:
                     os.close(file)
+                if pid is None:
+                    asker.close()
+                    continue
                 ended = os.pidfd_open(pid)
                 ready.register(asker, selectors.EVENT_READ, pid)
                 ready.register(ended, selectors.EVENT_READ, (pid, asker))
             elif isinstance(key.data, int):
+                if key.fileobj.fileno() == -1:  # ended in this very moment
+                    continue
                 said = key.fileobj.recv(1)
                 os.kill(key.data, said[0] if said else signal.SIGKILL)
                 if not said:

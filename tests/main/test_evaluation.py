@@ -53,6 +53,22 @@ def test_base_and_tuned_side_by_side(evaluated, cell):
     assert metrics["overlap"] is None  # the data step has taken shared text out already
 
 
+def test_answers_while_training_are_those_of_the_saved_model(verb, small, tmp_path):
+    """Seven rows on two ranks of ZeRO-3 over a 4-bit base: one rank has a row less, sentences end anywhere."""
+    words = (*overrides("qlora", "zero3"), "train.learning_rate=1e-4", "train.eval_strategy=steps",
+             "train.eval_steps=3", "eval.during=7", "eval.samples=7", "eval.batch_size=2", "eval.show=0",
+             "eval.max_new_tokens=12")  # fmt: skip
+    finished = verb("train", *small, *words, f"run_dir={tmp_path / 'run'}")
+    assert finished.status == 0, finished
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    held_out = {row["step"]: row for row in rows if "eval_chrf" in row}
+    assert sorted(held_out) == [3, 6]
+    tuned = results(tmp_path / "run")[0]["tuned"]
+    assert tuned["chrf"] > 0  # at this rate the answers are still the base's noise, but there are some
+    for name in ("exact_match", "bleu", "chrf", "rouge1", "rougeL"):
+        assert held_out[6][f"eval_{name}"] == pytest.approx(tuned[name]), name
+
+
 def test_answers_do_not_depend_on_the_batch(evaluated, verb, tmp_path):
     """Left padding is masked: a row answers the same alone and beside longer ones."""
     directory, _ = evaluated
@@ -93,30 +109,14 @@ def test_an_exported_model_on_other_data_with_an_overlap(evaluated, verb, chat, 
     assert trained_on / 2 < sum(row.get("in_training", False) for row in samples) <= trained_on
 
 
-def test_answers_while_training_are_those_of_the_saved_model(verb, small, tmp_path):
-    """Seven rows on two ranks of ZeRO-3 over a 4-bit base: one rank has a row less, sentences end anywhere."""
-    words = (*overrides("qlora", "zero3"), "train.learning_rate=1e-4", "train.eval_strategy=steps",
-             "train.eval_steps=3", "eval.during=7", "eval.samples=7", "eval.batch_size=2", "eval.show=0",
-             "eval.max_new_tokens=12")  # fmt: skip
-    finished = verb("train", *small, *words, f"run_dir={tmp_path / 'run'}")
-    assert finished.status == 0, finished
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    held_out = {row["step"]: row for row in rows if "eval_chrf" in row}
-    assert sorted(held_out) == [3, 6]
-    tuned = results(tmp_path / "run")[0]["tuned"]
-    assert tuned["chrf"] > 0  # at this rate the answers are still the base's noise, but there are some
-    for name in ("exact_match", "bleu", "chrf", "rouge1", "rougeL"):
-        assert held_out[6][f"eval_{name}"] == pytest.approx(tuned[name]), name
-
-
-def test_chat(run, execute, evaluated, tmp_path):
+def test_chat(verb, execute, evaluated, tmp_path):
     directory, _ = evaluated
     (tmp_path / "lines").write_text("Which word is last: pear, plum?\n/what\n/reset\n\nagain\n/quit\nnever asked\n")
     finished = execute("bash", "-c", f"ftdist chat {directory} chat.max_new_tokens=4 < {tmp_path}/lines")
     assert finished.status == 0, finished
     sides = [line.split()[0] for line in finished.stdout.splitlines()[1:] if line[:1] in "bt"]
     assert sides == ["base", "tuned", "base", "tuned"]
-    run("chat", directory, "chat.temprature=1").refused("chat.temprature", "chat.temperature")
+    verb("chat", directory, "chat.temprature=1").refused("chat.temprature", "chat.temperature")
 
 
 def test_bad_input_is_answered_in_one_line(verb, evaluated, model, chat, tmp_path):
