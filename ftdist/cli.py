@@ -239,6 +239,7 @@ def plan(argv: list[str]) -> int:
     devices = [int(part) for part in (sizes or "").split(",") if re.fullmatch(r"[1-9]\d{0,6}", part)]
     if sizes is not None and len(devices) != len(sizes.split(",")):
         raise UserError(f"--sizes={sizes}: numbers of devices, with commas between them: --sizes 8,16,64")
+    plans = []
     for config in [stage for first in compose.compose("plan", argv) for stage in stages.of("plan", first, argv)]:
         job.decide(config)
         made: dict[str, Any] = dict(job.plan(config))
@@ -246,14 +247,16 @@ def plan(argv: list[str]) -> int:
             made = job.fitted(config)
         if devices:
             made["sizes"] = job.scaling(config, devices)
+        plans.append(made)
         if as_json:
-            print(json.dumps(made, indent=2))
             continue
         print(render(made))  # type: ignore[arg-type]
         if fit:
             print(f"\nthe fastest that fits, with the same global batch:\n  {' '.join(made['overrides'])}")
         if devices:
             print(f"\n{scaling(made['sizes'])}")
+    if as_json:
+        print(json.dumps(plans if len(plans) > 1 else plans[0], indent=2))
     return OK
 
 

@@ -28,8 +28,10 @@ from ftdist.plan.states import WIDTH, Held, quantized_bytes, quantized_modules
 from ftdist.plan.trainable import held_tensors
 from ftdist.strategies import Recipe
 
+IN_32_BIT = ("adamw_torch", "adamw_torch_fused", "paged_adamw", "paged_adamw_32bit")
 SHARDING = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")  # from the fastest to the thriftiest
 NODE = 8  # devices of a node, where a plan asks for more than one node's
+COMMON_HOST = 2e12  # bytes of a node with eight GPUs: NVIDIA DGX H100 user guide; more is not there by itself
 HEADROOM = 0.97  # of a device's memory; the rest goes to fragments and to what the driver keeps
 
 Plan = dict[str, Any]
@@ -248,12 +250,10 @@ def _verdict(memory: Memory, devices: Hardware, case: Case) -> Plan:
         return {"fits": None, "margin_bytes": None, "scarce": None, "certain": False}
     # what surely does not fit decides, then what fits least surely
     margin, which, band = min(margins, key=lambda m: (m[0] + m[2] >= 0, m[0] - m[2]))
-    return {
-        "fits": margin >= 0,
-        "margin_bytes": margin,
-        "scarce": which,
-        "certain": abs(margin) > band,
-    }
+    certain = abs(margin) > band
+    if host is None and margin >= 0 and memory.host_peak > COMMON_HOST:
+        certain = False  # no node is known to have that
+    return {"fits": margin >= 0, "margin_bytes": margin, "scarce": which, "certain": certain}
 
 
 def refuse_what_cannot_fit(plan: Plan, must_fit: bool) -> None:
@@ -380,11 +380,18 @@ def _micro(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _engines(config: dict[str, Any], world: int) -> list[str]:
     """Engines that need less of a device than this one."""
     name = config["engine"]["name"]
-    if world == 1:  # sharding over one rank saves nothing, offloading does
-        return [] if name.endswith(("offload", "nvme")) else ["zero3_offload"]
+    if world == 1:  # sharding over one rank costs a copy and saves nothing, offloading does
+        plain = ["single"] if name in ("zero1", "zero2", "zero3") else []
+        return [] if name.endswith(("offload", "nvme")) else [*plain, "zero3_offload"]
     if name not in SHARDING:
         return []
     return list(SHARDING[SHARDING.index(name) + 1 :])
+
+
+def _small_buffers(config: dict[str, Any], engine: str) -> dict[str, Any]:
+    """Smaller pieces for DeepSpeed's copies in a step; nothing where the user has said how large."""
+    key, size = ("sub_group_size", 100_000_000) if engine == "zero3" else ("reduce_bucket_size", 50_000_000)
+    return {} if key in config["engine"].get("zero", ()) else {f"engine.zero.{key}": size}
 
 
 def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> list[Plan]:
@@ -434,23 +441,20 @@ def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> l
         consider(best, "recomputation and smaller pieces")
     short = bool(best) and not enough(best)  # what changes nothing in the result is there, and does not do
     stage = config["engine"]["name"][:5]
-    buffers = {"zero3": ("sub_group_size", 100_000_000)}.get(stage, ("reduce_bucket_size", 50_000_000))
-    if stage.startswith("zero") and buffers[0] not in config["engine"]["zero"]:
-        small = {f"engine.zero.{buffers[0]}": buffers[1]}
-        if not consider(small, "smaller buffers of DeepSpeed's") and short:
-            consider({**best, **small}, "smaller buffers of DeepSpeed's, recomputation, smaller pieces")
+    small = _small_buffers(config, stage) if stage.startswith("zero") else {}
+    if small and not consider(small, "smaller buffers of DeepSpeed's") and short:
+        consider({**best, **small}, "smaller buffers of DeepSpeed's, recomputation, smaller pieces")
+    how = {"zero3_offload": "weights and optimizer states in the host's memory", "single": "nothing to shard over"}
     for name in _engines(config, world):
-        how = "weights and optimizer states in the host's memory" if name == "zero3_offload" else "sharded further"
-        alone = consider({"engine": name}, how)
+        says = how.get(name, "sharded further")
+        alone = consider({"engine": name}, says)
         if not alone and short:
-            alone = consider({"engine": name, **best}, f"{how}, recomputation, smaller pieces")
+            alone = consider({"engine": name, **best}, f"{says}, recomputation, smaller pieces")
         if alone:
             break
     stronger = next(iter(reversed([n for n in _engines(config, world) if "offload" not in n])), None)
     sharded = {"engine": stronger, **best} if stronger else best
-    if config["train"]["optim"] in ("adamw_torch", "adamw_torch_fused") and not config["engine"]["name"].endswith(
-        "load"
-    ):
+    if config["train"]["optim"] in IN_32_BIT and not config["engine"]["name"].endswith("load"):
         eight = {"train.optim": "adamw_8bit"}
         if not consider(eight, "optimizer states in 8 bit") and sharded and not enough(sharded):
             consider({**sharded, **eight}, "and optimizer states in 8 bit")
@@ -460,8 +464,12 @@ def fixes(config: dict[str, Any], plan: Planner, world: int, most: int = 6) -> l
         if percent and percent < config["strategy"]["top_percent"]:
             consider({**sharded, "strategy.top_percent": percent}, "fewer layers trained")
     if name == "full" and not found:
-        consider({**sharded, "strategy": "spectrum"}, "a quarter of the layers trained") or consider(
-            {**sharded, "strategy": "lora"}, "adapters instead of whole weights"
+        if config["train"]["optim"] not in IN_32_BIT[:2]:  # DeepSpeed updates on the host with its own AdamW alone
+            consider({"engine": "zero3_offload", "train.optim": "adamw_torch"}, "AdamW's states in the host's memory")
+        _ = (
+            consider({"strategy": "spectrum"}, "a quarter of the layers trained")
+            or consider({**sharded, "strategy": "spectrum"}, "a quarter of the layers trained")
+            or consider({**sharded, "strategy": "lora"}, "adapters instead of whole weights")
         )
     if name != "qlora" and not found:
         consider({**sharded, "strategy": "qlora"}, "4-bit base with adapters") or consider(
@@ -487,8 +495,8 @@ def _more(config: dict[str, Any], world: int) -> Iterator[dict[str, Any]]:
 
 
 def scaled(config: dict[str, Any], world: int, devices: int) -> dict[str, Any]:
-    """Changes for `devices` devices: full nodes, and the same global batch as far as it divides."""
-    nodes = math.ceil(devices / NODE)
+    """Changes for `devices` devices, alike on every node: the same global batch as far as it divides."""
+    nodes = next(nodes for nodes in range(math.ceil(devices / NODE), devices + 1) if devices % nodes == 0)
     changes: dict[str, Any] = {"cluster.processes": devices // nodes}
     if nodes > 1 or config["cluster"]["nodes"] > 1:
         changes["cluster.nodes"] = nodes
@@ -506,7 +514,7 @@ def scaled(config: dict[str, Any], world: int, devices: int) -> dict[str, Any]:
 
 def largest_percent(config: dict[str, Any], plan: Planner, others: dict[str, Any]) -> int | None:
     """The largest whole Spectrum percentage that fits, None if not even one does."""
-    low, high = 0, 100
+    low, high = 0, 99
     while low < high:
         middle = (low + high + 1) // 2
         made = _try(plan, config, {**others, "strategy.top_percent": middle})
@@ -521,19 +529,20 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> dict[str, Any] | N
     """What changes `config` to the fastest that fits on the same devices with the same global batch, or None.
 
     Tried: every engine that shards, micro-batches that divide the rows of a rank, with and without recomputation; if
-    none fits, optimizer states in 8 bit, then in the host's memory.
+    none fits, smaller buffers of DeepSpeed's, optimizer states in 8 bit, then in the host's memory.
     """
     train = config["train"]
     rows = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]
     sizes = [size for size in range(min(rows, 64), 0, -1) if rows % size == 0]
     plain = [name for name in SHARDING if "offload" not in name] if world > 1 else ["single"]
-    rounds: list[tuple[list[str], dict[str, Any]]] = [(plain, {})]
-    if train["optim"] in ("adamw_torch", "adamw_torch_fused"):
-        rounds.append((plain, {"train.optim": "adamw_8bit"}))
-    rounds.append((["zero3_offload"], {}))
-    for engines, extra in rounds:
+    small = {name: _small_buffers(config, name) for name in plain if name.startswith("zero")}
+    rounds: list[dict[str, dict[str, Any]]] = [dict.fromkeys(plain, {}), {k: v for k, v in small.items() if v}]
+    if train["optim"] in IN_32_BIT:
+        rounds.append({name: {"train.optim": "adamw_8bit"} for name in plain})
+    rounds.append({"zero3_offload": {}})
+    for engines in rounds:
         best: tuple[float, dict[str, Any]] | None = None
-        for name in engines:
+        for name, extra in engines.items():
             for recompute in (False, True):
                 for size in sizes:
                     changes = {
@@ -557,6 +566,8 @@ def fit(config: dict[str, Any], plan: Planner, world: int) -> dict[str, Any] | N
 def sizes(config: dict[str, Any], plan: Planner, world: int, wanted: list[int]) -> list[Plan]:
     """How the run scales: a row for each number of devices."""
     rows = []
+    train = config["train"]
+    same = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] * world
     for devices in wanted:
         changes = scaled(config, world, devices) if devices != world else {}
         made = plan(changed(config, changes))
@@ -566,6 +577,8 @@ def sizes(config: dict[str, Any], plan: Planner, world: int, wanted: list[int]) 
                 "nodes": made["nodes"],
                 "fits": made["fits"],
                 "device_peak_bytes": made["device_peak_bytes"],
+                "sequences_per_step": made["sequences_per_step"],
+                "same_batch": made["sequences_per_step"] == same,
                 "tokens_per_step": made["tokens_per_step"],
                 "tokens_per_second": made["tokens_per_second"],
                 "mfu": made["mfu"],

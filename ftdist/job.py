@@ -42,6 +42,7 @@ from ftdist.errors import FAILED, FENCED, OK, STOPPED, USAGE, Failed, UserError
 from ftdist.export import export
 from ftdist.plan import Plan, kernels
 from ftdist.plan import examples as look
+from ftdist.plan.activations import family
 from ftdist.plan.batch import Filling, batch_arithmetic, filling
 from ftdist.plan.hardware import hardware
 from ftdist.plan.shapes import Shapes, model_shapes
@@ -342,7 +343,15 @@ def plan(
         # a forward pass, of the three that training a token costs
         read = made["evaluations"] * held_out_tokens + base_tokens
         made["evaluation_seconds"] = read / made["tokens_per_second"] / 3
-    if asked and config["strategy"].get("top_percent") and recipe.trainable is not None and made["fits"] is not None:
+    if not local:
+        told = devices.gpu or devices.calibrated  # a processor's time is known by its order alone
+        took = None
+        if told and "total_seconds" in made:
+            took = made["total_seconds"] + made.get("evaluation_seconds", 0.0)
+        longest = slurm.longest(config["cluster"]["partition"]) if took is not None else None
+        made["asks"] = slurm.wanted(made["host_peak_bytes_per_node"], took, longest)
+    percent = asked and config["strategy"].get("top_percent") and recipe.trainable is not None
+    if percent and made["fits"] is not None and family(shapes.config):  # each trial would be traced
         made["largest_top_percent"] = forecast.largest_percent(config, _planner(shapes, report, measured, filled), {})
     if asked and made["fits"] is False:
         made["fixes"] = forecast.fixes(config, _planner(shapes, report, measured, filled),

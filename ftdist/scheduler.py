@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import shlex
@@ -53,6 +54,12 @@ done
 """
 
 
+SITE = "site"  # cluster.memory or cluster.time: what SLURM gives to those who ask for nothing
+HOST_MARGIN, HOST_FLOOR = 1.25, 2 << 30  # of what the plan needs, and bytes of files and shells beside it
+TIME_MARGIN, TIME_FLOOR = 1.5, 1800  # of what the plan takes, and seconds to start, load, save, evaluate
+QUARTER = 900  # seconds that times are rounded up to
+
+
 class Away(UserError):
     """SLURM does not answer now. What was asked of it may be right."""
 
@@ -100,8 +107,10 @@ def options(
     sbatch: more of them, as the user gives them, which win.
     """
     assert gpus != "auto"
+    if time == SITE:
+        time = None
     if time is not None and not re.fullmatch(TIME, _one_line("cluster.time", time)):
-        raise UserError(f"cluster.time={time}: should be H:MM:SS or D-HH:MM:SS, in quotes in a YAML file")
+        raise UserError(f"cluster.time={time}: should be H:MM:SS or D-HH:MM:SS, in quotes in a YAML file, or site")
     device = f"{gpu_type}:{gpus}" if gpu_type else str(gpus)
     chosen: dict[str, Any] = {
         "job-name": job_name or name,
@@ -116,7 +125,7 @@ def options(
         "gres": f"gpu:{device}" if gpus and gpu_option == "gres" else None,
         "gpus-per-node": device if gpus and gpu_option == "gpus-per-node" else None,
         "cpus-per-task": cpus,
-        "mem": memory,
+        "mem": None if memory == SITE else memory,
         "exclusive": exclusive,
         "mail-type": mail_type,
         "mail-user": mail_user,
@@ -130,6 +139,50 @@ def options(
         _one_line(f"cluster.sbatch.{key}", value)
     chosen |= {key.replace("_", "-"): value for key, value in sbatch.items()}
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
+
+
+def wanted(host_bytes: int, seconds: float | None, longest: float | None) -> dict[str, str]:
+    """`memory` and `time` of a job, from a plan's need of a node and its duration, with room for the plan's error.
+
+    longest: seconds that the partition allows; a job that needs more goes back into the queue and goes on.
+    """
+    asks = {"memory": f"{math.ceil((HOST_MARGIN * host_bytes + HOST_FLOOR) / 2**30)}G"}
+    if seconds is not None:
+        whole = QUARTER * math.ceil((TIME_MARGIN * seconds + TIME_FLOOR) / QUARTER)
+        minutes = int(min(whole, longest or whole)) // 60
+        asks["time"] = f"{minutes // 60}:{minutes % 60:02}:00"
+    return asks
+
+
+def filled(cluster: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`cluster` with the memory and the time that the plans want where it says nothing: the most of any."""
+    made = dict(cluster)
+    sizes: dict[str, Callable[[str], float]] = {"memory": lambda text: memory_bytes(text) or 0, "time": duration}
+    for key, size in sizes.items():
+        asked = [plan["asks"].get(key) for plan in plans]
+        if made[key] is None and all(asked):
+            made[key] = max(asked, key=size)
+    return made
+
+
+def duration(text: str) -> float:
+    """Seconds of a time as SLURM writes it: D-HH:MM:SS, H:MM:SS, M:SS; inf for its words for no limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not match:
+        return math.inf
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
+
+
+def longest(partition: str | None) -> float | None:
+    """Seconds that a job may take in a partition, or the default one; None where nobody knows."""
+    if shutil.which("sinfo") is None:
+        return None
+    done = command("sinfo", "--noheader", "--format=%P|%l", *((f"--partition={partition}",) if partition else ()))
+    rows = [line.strip().split("|") for line in done.stdout.splitlines() if "|" in line]
+    if partition is None:
+        rows = [row for row in rows if row[0].endswith("*")]
+    return max((duration(limit) for _, limit in rows), default=None) if done.returncode == 0 else None
 
 
 def refuse_own(sbatch: Mapping[str, Any]) -> None:
@@ -222,11 +275,11 @@ def array(count: int, *, array_throttle: Annotated[int, Field(ge=1)] | None) -> 
 
 def memory_bytes(text: str | None) -> int | None:
     """`64G` → bytes, as sbatch reads it; None for none, and for 0, which means all of the node."""
-    if text is None:
+    if text is None or text == SITE:
         return None
     match = re.fullmatch(r"(\d+)([KMGT]?)B?", str(text).upper())
     if not match:
-        raise UserError(f"cluster.memory={text}: should be a size such as 64G")
+        raise UserError(f"cluster.memory={text}: should be a size such as 64G, or site")
     return int(match[1]) * 1024 ** ("KMGT".index(match[2] or "M") + 1) or None
 
 

@@ -20,7 +20,8 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
     cluster = config["cluster"]
     if config["resume"] == "auto" and resume.begun(run_dir, config):
         return again(run_dir, config)
-    if asked(config, run_dir):
+    cluster = slurm.filled(cluster, [dict(job.plan(config))])
+    if asked(cluster, run_dir):
         return OK
     with rundir.claimed(run_dir) as token:
         if cluster["prepare"] == "job":
@@ -35,7 +36,8 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
 def again(run_dir: Path, config: dict[str, Any]) -> int:
     """A new job for a run that was stopped or killed."""
     refuse_active(run_dir)
-    if asked(config, run_dir):
+    cluster = slurm.filled(config["cluster"], [{"asks": {}, **rundir.read_json(run_dir / "plan.json")}])
+    if asked(cluster, run_dir):
         return OK
     with lease.held(run_dir):
         done = (run_dir / "final").is_dir() and (
@@ -47,17 +49,17 @@ def again(run_dir: Path, config: dict[str, Any]) -> int:
     if done:
         print("nothing to train: the run is finished", flush=True)
         return OK
-    queue(run_dir, config["cluster"], prepare=False)
-    return followed(run_dir, config["cluster"])
+    queue(run_dir, cluster, prepare=False)
+    return followed(run_dir, cluster)
 
 
-def asked(config: dict[str, Any], run_dir: Path) -> bool:
+def asked(cluster: dict[str, Any], run_dir: Path) -> bool:
     """Ask SLURM whether the job could start, as far as that is wanted; whether nothing else is."""
-    if config["cluster"]["test_only"]:
-        print(would_start(config, run_dir), flush=True)
+    if cluster["test_only"]:
+        print(would_start(cluster, run_dir), flush=True)
         return True
-    if config["cluster"]["check"]:
-        would_start(config, run_dir)
+    if cluster["check"]:
+        would_start(cluster, run_dir)
     return False
 
 
@@ -117,11 +119,11 @@ def preparation(run_dir: Path, cluster: dict[str, Any]) -> str:
     return text(run_dir, {**cluster, **own, **plain}, "prepare")
 
 
-def would_start(config: dict[str, Any], run_dir: Path) -> str:
+def would_start(cluster: dict[str, Any], run_dir: Path) -> str:
     """When SLURM would start the job, in its own words. UserError if it never would."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, slurm.SCRIPT)
-        script.write_text(text(run_dir, config["cluster"]), encoding="utf-8")
+        script.write_text(text(run_dir, cluster), encoding="utf-8")
         return slurm.test_only(script)
 
 

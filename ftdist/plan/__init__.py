@@ -56,6 +56,7 @@ class Plan(_Always, total=False):
     evaluation_seconds: float  # of all of them
     checkpoints: int  # that will be written, if nothing stops the run
     cost: float
+    asks: dict[str, str]  # cluster=slurm: the job's memory and time
     fits: bool | None  # None: no memory is known to compare with
     margin_bytes: int | None
     scarce: str | None  # device or host

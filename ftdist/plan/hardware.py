@@ -37,7 +37,10 @@ class Hardware:
     flops: dict[str, float]  # element type -> operations a second
     bandwidth: float
     link: float  # bytes a second between devices of a node
-    network: float  # between nodes
+    network: float  # of one port between nodes
+    ports: int | None  # of a node; None: one a device
+    host_bandwidth: float  # of a node's own memory
+    nvme: float  # of a node's local disks, reading or writing
     efficiency: float
     calibrated: bool
     price_per_hour: float | None
@@ -56,6 +59,9 @@ def hardware(
     bandwidth: Positive | None,
     link: str | None,
     network: str | float,
+    ports: Annotated[int, Field(ge=1)] | None,
+    host_bandwidth: Positive,
+    nvme: Positive,
     efficiency: Annotated[float, Field(gt=0, le=1)],
     price_per_hour: Annotated[float, Field(ge=0)] | None,
     links: dict[str, float],
@@ -91,9 +97,10 @@ def hardware(
     measured = _calibration("cuda" if gpu else "cpu") if here else None
     if measured:
         given |= measured
-    scale = 1
+    scale: float = 1
     if not gpu:
-        scale = max(cores // max(world, 1), 1)  # figures are of a core
+        world = max(world, 1)
+        scale = cores // world if world <= cores else cores / world  # figures are of a core
         given["memory"] = given["memory"] or (_host_memory() if here else None)
     memory_bytes = None if given["memory"] is None else int(given["memory"])  # type: ignore[arg-type]
     known = {key: float(value) for key, value in given.items() if isinstance(value, (int, float))}
@@ -112,6 +119,9 @@ def hardware(
         bandwidth=known["bandwidth"] * scale,
         link=_speed("link", given["link"], links),
         network=_speed("network", network, links),
+        ports=ports,
+        host_bandwidth=host_bandwidth,
+        nvme=nvme,
         efficiency=efficiency,
         calibrated=bool(measured),
         price_per_hour=price_per_hour,
@@ -145,14 +155,13 @@ def sliced(values: Mapping[str, Any], compute: int, gigabytes: int) -> dict[str,
 
 
 def _speed(key: str, value: Any, links: Mapping[str, float]) -> float:
-    if isinstance(value, (int, float)):
-        return float(value)
-    if value not in links:
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise UserError(f"hardware.{key}={value}: {nearest(str(value), list(links))}; or bytes a second")
-    return float(links[value])
+    try:
+        speed = float(links.get(value, value))
+    except (TypeError, ValueError):
+        raise UserError(f"hardware.{key}={value}: {nearest(str(value), list(links))}; or bytes a second")
+    if not speed > 0:
+        raise UserError(f"hardware.{key}={value}: bytes a second, more than 0 (or one of {', '.join(links)})")
+    return speed
 
 
 @functools.cache

@@ -202,6 +202,8 @@ def need(case: Case) -> Memory:
         device["reference"] = base | {"activations": again.evaluation, "logits_and_loss": chunk, "gathered": gathered}
     elif case.reference_bytes:  # once, then it goes
         device["reference"] = device["evaluation"] | {"reference": case.held_reference}
+    if case.stage == 3 and case.reference_bytes:  # it is whole before it is sharded, beside the engine
+        device["load_reference"] = base | {"reference": case.reference_bytes}
     device["save"] = base | {"gathered": largest if case.stage == 3 else 0}
     device["resume"] = base | {"step": 0}
     penalty, measuring, _, _ = case.consolidation

@@ -10,7 +10,11 @@ from ftdist.plan.memory import Case, model_states
 from ftdist.plan.states import WIDTH, quantized_bytes
 
 DEQUANTISED = 1.35  # a 4-bit weight is made whole before each product; ours, QLoRA beside LoRA on one card
+PCIE = 3.2e10  # bytes a second between a device and its host: x16 of generation 4
 BAND = 1 / 3  # of a step's time, until the machine is calibrated
+ADAM_ON_HOST = (
+    30  # bytes a parameter that DeepSpeed's CPU Adam moves: three float32 in and out, gradient in, weight out
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,12 @@ def step(case: Case, hardware: Hardware, tokens_per_step: float, length: float) 
     compute = flops / (hardware.flops[case.dtype] * hardware.efficiency)
 
     made = model_states(case)
-    optimizer = made.optimizer + sum(made.host.values())
-    memory = (2 * optimizer + case.accumulation * 3 * made.weights) / hardware.bandwidth
-    if case.offload_optimizer:
-        memory += 2 * sum(made.host.values()) / min(hardware.link, 3.2e10)  # over PCIe, to the host and back
-
-    communication = _traffic(case, width) / (hardware.link if case.world <= case.processes else hardware.network)
+    memory = (2 * made.optimizer + case.accumulation * 3 * made.weights) / hardware.bandwidth
+    memory += _offloaded(case, hardware, made.optimizer + sum(made.host.values()), width)
+    link = hardware.link
+    if case.world > case.processes:  # rings leave a node through all its ports
+        link = min(link, hardware.network * (hardware.ports or case.processes))
+    communication = _traffic(case, width) / link
     overlapped = case.stage in (0, 3) or dict(case.zero).get("overlap_comm", 0)
     seconds = (max(compute, communication) if overlapped else compute + communication) + memory
     bound = max((compute, "compute"), (communication, "communication"), (memory, "memory"))[1]
@@ -83,6 +87,23 @@ def step(case: Case, hardware: Hardware, tokens_per_step: float, length: float) 
     )
 
 
+def _offloaded(case: Case, hardware: Hardware, states: int, width: int) -> float:
+    """Seconds of a step between a device, its node's memory and its disks; the ranks of a node share the latter two.
+
+    Gradients go down in every micro-batch, weights come up once; offloaded weights come up for each pass.
+    """
+    if not case.offload_optimizer:
+        return 0.0
+    trained = sum(h.numel for h in case.held if h.trained) / case.world
+    crossing = (case.accumulation + 1) * trained * width
+    updating = ADAM_ON_HOST * trained * case.processes / hardware.host_bandwidth
+    if case.offload_parameters:
+        passes = 3 if case.checkpointing else 2
+        crossing += case.accumulation * passes * sum(h.numel for h in case.held) / case.world * width
+    swapping = 2 * states * case.processes / hardware.nvme if case.nvme else 0.0
+    return crossing / min(hardware.link, PCIE) + max(updating, swapping)
+
+
 def _traffic(case: Case, width: int) -> float:
     """Bytes that a rank sends in a step: rings move (n − 1)/n of what is gathered or reduced."""
     if case.world == 1:
@@ -91,6 +112,8 @@ def _traffic(case: Case, width: int) -> float:
     trained = sum(h.numel for h in case.held if h.trained)
     if case.stage == 0:
         return 2 * ring * trained * WIDTH[case.trained]
+    if case.stage == 2:  # gradients are given away in every micro-batch, weights gathered once
+        return (case.accumulation + 1) * ring * trained * width
     if case.stage < 3:
         return 2 * ring * trained * width
     whole = sum(

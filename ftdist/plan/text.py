@@ -66,7 +66,8 @@ def _forecast(plan: Plan) -> list[tuple[str, list[str]]]:
     disk = [f"{gigabytes(sum(parts.values()))} in all: {listed}"]
     if plan["checkpoint_bytes"]:
         disk.append(f"{gigabytes(plan['checkpoint_bytes'])} a checkpoint")
-    band = "" if plan["time_calibrated"] else " (within a third: not calibrated on this machine)"
+    known = "by its order" if hardware["name"] == "cpu" else "within a third"
+    band = "" if plan["time_calibrated"] else f" ({known}: not calibrated on this machine)"
     real, most = plan["real_tokens_per_step"], plan["tokens_per_step"]
     room = f"{most:,} tokens" if real == most else f"about {real:,} tokens and their padding"
     time = [
@@ -81,9 +82,14 @@ def _forecast(plan: Plan) -> list[tuple[str, list[str]]]:
             time.append(f"{plan['evaluations']:,} evaluations: {seconds(plan['evaluation_seconds'])} on top")
         end = datetime.now() + timedelta(seconds=plan["total_seconds"] + plan.get("evaluation_seconds", 0))
         time.append(f"started now it ends at {end:%Y-%m-%d %H:%M}")
+    if "asks" in plan:
+        asks = ", ".join(f"cluster.{key}={value}" for key, value in plan["asks"].items())
+        memory.append(f"  asked of SLURM, unless keys say otherwise: {asks}")
     if "cost" in plan:
         time.append(f"cost: {plan['cost']:,.2f} for {hardware['devices']} device" + "s" * (hardware["devices"] > 1))
-    if plan.get("largest_top_percent"):
+    if plan["hardware"]["host_memory"] is None and plan["hardware"]["name"] != "cpu":
+        memory.append("  host memory is not known here: compare it, or set hardware.host_memory=BYTES")
+    if plan.get("largest_top_percent", 99) != 99:  # at 99, any percentage fits
         memory.append(f"largest strategy.top_percent that fits: {plan['largest_top_percent']}")
     fixes = [
         f"{' '.join(fix['overrides'])}   {fix['says']}: {gigabytes(fix['device_peak_bytes'])}, host "
@@ -106,6 +112,7 @@ def scaling(rows: Iterable[dict[str, Any]]) -> str:
             f"{row['devices']:>8,} {row['nodes']:>6,} {fits:>5} {gigabytes(row['device_peak_bytes']):>10} "
             f"{row['tokens_per_step']:>12,} {row['tokens_per_second']:>12,.0f} {row['mfu']:>5.0%} "
             f"{seconds(row['seconds_per_step']):>10}  {' '.join(row['overrides'])}".rstrip()
+            + ("" if row["same_batch"] else f"   another global batch: {row['sequences_per_step']:,} sequences a step")
         )
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ftdist import compose, follow, job, lease, rundir, stops
+from ftdist import scheduler as slurm
 from ftdist.errors import FAILED, INTERRUPTED, STOPPED, Failed, UserError
 from ftdist.sweep import checks, directory, keys, local, rank
 from ftdist.sweep.directory import Member, State
@@ -92,6 +93,7 @@ def start(made: compose.Composed, argv: list[str]) -> None:
         from ftdist.sweep import array
 
         array.check(configs, sweep)
+        _fill(configs, plans, searching)
         if _asked(sweep_dir, sweep, configs):
             return
     else:
@@ -137,6 +139,8 @@ def go_on(sweep_dir: Path, words: list[str]) -> None:
             for config in configs:
                 checks.completed(config, asked, sweep_dir)
                 job.decide(config)
+            if in_slurm(configs):
+                _fill(configs, [dict(job.plan(config)) for config in configs], searching=True)
             with lease.locked(sweep_dir):
                 search.Search(sweep_dir).catch_up()
         left = [name for name in directory.unfinished(sweep_dir) if owners.get(name) not in jobs]
@@ -198,6 +202,17 @@ def _reworded(sweep_dir: Path, names: list[str], words: list[str]) -> dict[str, 
             if found[name]["cluster"]["name"] == "slurm":
                 job.settle(found[name]["cluster"], found[name]["hardware"]["name"])
     return found
+
+
+def _fill(configs: list[dict[str, Any]], plans: list[dict[str, Any]], searching: bool) -> None:
+    """Memory and time that SLURM is asked for, from the plans: the same for all, so that they are one array.
+
+    searching: a worker runs one trial after another, so that no plan knows its time.
+    """
+    if searching:
+        plans = [{"asks": {"memory": plan["asks"]["memory"]}} for plan in plans]
+    for config in configs:
+        config["cluster"] = slurm.filled(config["cluster"], plans)
 
 
 def _asked(sweep_dir: Path, sweep: dict[str, Any], configs: list[dict[str, Any]]) -> bool:

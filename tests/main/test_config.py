@@ -224,11 +224,7 @@ def test_ls(verb):
 def test_a_sweep_composes_every_combination(verb, tmp_path):
     finished = verb("plan", "strategy=full,lora", "-m", "train.max_length=64,128", "--json", cwd=tmp_path)
     assert finished.status == 0, finished.stderr
-    plans, rest, decoder = [], finished.stdout.strip(), json.JSONDecoder()
-    while rest:
-        plan, end = decoder.raw_decode(rest)
-        plans.append(plan)
-        rest = rest[end:].strip()
+    plans = json.loads(finished.stdout)
     assert [(p["strategy"], p["tokens_per_step"] // p["sequences_per_step"]) for p in plans] == [
         ("full", 64),
         ("full", 128),
