@@ -10,6 +10,7 @@ import signal
 import socket
 import string
 import subprocess
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from offline import history, records
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "cluster.sh"
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+PATH = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}:/usr/sbin:/sbin"  # as where ftdist is active
 WAIT = 240  # seconds for anything; what comes is a matter of seconds on a quiet machine
 
 

@@ -243,7 +243,7 @@ def test_by_sbatch_itself(execute, cluster, words, local, tmp_path):
     (run_dir,) = (odd / "runs").iterdir()
     with held(run_dir, cluster):
         until(lambda: (run_dir / "stop.json").exists(), say=lambda: (tmp_path / "log").read_text())
-    until(lambda: "run: " in (tmp_path / "log").read_text(), say=lambda: (tmp_path / "log").read_text())
+    until(lambda: "\nrun: " in (tmp_path / "log").read_text(), say=lambda: (tmp_path / "log").read_text())
     assert [event["reason"] for event in events(run_dir, "requeue")] == ["time limit"] and len(rows(run_dir)) > 30
     same(run_dir, local("full", "zero2"))
 
