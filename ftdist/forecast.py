@@ -147,7 +147,10 @@ def _reference_bytes(config: dict[str, Any], held: tuple[Held, ...], facts: dict
     width = WIDTH[facts["loaded"] if dtype == "auto" else dtype]
     if other is not None:
         path = str(start.shapes_directory(other)) if start.is_run(other) else other
-        known = model_shapes(path, None, revision=None, trust_remote_code=config["model"]["trust_remote_code"])
+        try:
+            known = model_shapes(path, None, revision=None, trust_remote_code=config["model"]["trust_remote_code"])
+        except UserError as failure:
+            raise UserError(str(failure).replace("model.path=", "task.reference_model="))
         return known.total * width
     goes_on = config["model"]["adapter"] == "continue"
     copied = [h for h in held if goes_on or ".lora_" not in h.name]

@@ -343,9 +343,10 @@ def _too_many_rejects(
     with kept.open(encoding="utf-8") as file:
         example = json.loads(file.readline())
     reasons = ", ".join(f"{reason} {n:,}" for reason, n in rejected.most_common(3))
+    detail = f" ({_short(example['detail'])})" if example["detail"] else ""
     raise UserError(
         f"data.max_rejects={most}: {total:,} of {seen:,} rows can't be used ({reasons}); the first is "
-        f"{example['file']} line {example['line']}: {example['reason']} ({_short(example['detail'])}); all: {kept}"
+        f"{example['file']} line {example['line']}: {example['reason']}{detail}; all: {kept}"
     )
 
 

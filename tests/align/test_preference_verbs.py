@@ -23,6 +23,8 @@ def test_the_wrong_data_for_a_task_is_one_line(run, words, chat, tmp_path):
         (("train.packing=true",), "train.packing=true"),
         (("task.beta=0",), "task.beta=0"),
         (("task.loss_typ=ipo",), "task.loss_typ"),
+        (("task.loss_type=kto",), "task.loss_type=kto: .* use apo_zero"),
+        (("task.reference_model=/nowhere",), "task.reference_model=/nowhere: no such directory"),
     ],
 )
 def test_what_a_task_refuses_before_anything_is_read(words, more, said):
