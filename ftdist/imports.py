@@ -15,8 +15,8 @@ from unittest import mock
 def uncollected() -> Iterator[None]:
     """While open nothing is collected, and what was made stays out of every later collection.
 
-    torch, transformers and DeepSpeed make a million objects that live as long as the process. The collector walks all of
-    them again and again while they come in, a fifth of the time that imports take, and at every full collection after.
+    torch, transformers and DeepSpeed make a million objects that live as long as the process. The collector walks all
+    of them again and again while they come in, a fifth of the time of importing, and at each full collection after.
     """
     enabled = gc.isenabled()
     gc.disable()
