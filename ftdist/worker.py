@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import signal
@@ -29,26 +30,29 @@ def train(run_dir: Path) -> int:
     plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
     main = int(os.environ.get("RANK", "0")) == 0
 
-    import torch
+    with imports.uncollected():
+        import torch
 
-    imports.bitsandbytes()
-    from transformers import set_seed
+        imports.bitsandbytes()
+        from transformers import set_seed
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ftdist import evaluate, ewc, forgetting, keeper, models, parity, tracking
-    from ftdist.data.rows import rows_of
-    from ftdist.evaluate.during import Examiner
-    from ftdist.evaluate.generate import positions_of
-    from ftdist.health import Health
-    from ftdist.judge import Judge
-    from ftdist.measure import Meter
-    from ftdist.plan.shapes import model_shapes
-    from ftdist.ranks import Ranks
-    from ftdist.save import save_final
-    from ftdist.strategies import Base, find
-    from ftdist.trainer import TokenTrainer, collate
-    from ftdist.watch import Watch
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if importlib.util.find_spec("deepspeed"):
+            importlib.import_module("deepspeed")  # accelerate imports it in any case
+        from ftdist import evaluate, ewc, forgetting, keeper, models, parity, tracking
+        from ftdist.data.rows import rows_of
+        from ftdist.evaluate.during import Examiner
+        from ftdist.evaluate.generate import positions_of
+        from ftdist.health import Health
+        from ftdist.judge import Judge
+        from ftdist.measure import Meter
+        from ftdist.plan.shapes import model_shapes
+        from ftdist.ranks import Ranks
+        from ftdist.save import save_final
+        from ftdist.strategies import Base, find
+        from ftdist.trainer import TokenTrainer, collate
+        from ftdist.watch import Watch
 
     path, revision, remote = (config["model"][key] for key in ("path", "revision", "trust_remote_code"))
     arguments = training_arguments(run_dir, config, plan)  # first: under ZeRO-3 they make the model load sharded

@@ -58,23 +58,24 @@ os._exit(status)
 def preload():
     from ftdist import imports
 
-    imports.bitsandbytes()
-    import accelerate.commands.launch  # noqa: F401
-    import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
-    import matplotlib.backends.backend_svg  # noqa: F401
-    import peft  # noqa: F401
-    import sacrebleu  # noqa: F401
-    import torch.distributed.run  # noqa: F401
-    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
-    from trl import SFTConfig  # noqa: F401
+    with imports.uncollected():
+        imports.bitsandbytes()
+        import accelerate.commands.launch  # noqa: F401
+        import datasets  # noqa: F401
+        import deepspeed  # noqa: F401
+        import matplotlib.backends.backend_svg  # noqa: F401
+        import peft  # noqa: F401
+        import sacrebleu  # noqa: F401
+        import torch.distributed.run  # noqa: F401
+        from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+        from trl import SFTConfig  # noqa: F401
 
-    import ftdist
+        import ftdist
 
-    for module in pkgutil.walk_packages(ftdist.__path__, "ftdist."):
-        if not module.name.startswith(("ftdist.conf", "ftdist.launch.", "ftdist.slurm")):
-            importlib.import_module(module.name)
-    ftdist.compose.compose("plan", [])  # what Hydra imports
+        for module in pkgutil.walk_packages(ftdist.__path__, "ftdist."):
+            if not module.name.startswith(("ftdist.conf", "ftdist.launch.", "ftdist.slurm")):
+                importlib.import_module(module.name)
+        ftdist.compose.compose("plan", [])  # what Hydra imports
 
 
 def freeze(words):

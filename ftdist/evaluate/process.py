@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import base as bases
-from ftdist import rundir
+from ftdist import imports, rundir
 from ftdist.errors import OK, USAGE, Failed, UserError
 from ftdist.evaluate import g_eval, generate, harness, of_set, overlap, scores, tables
 
@@ -174,7 +174,9 @@ def main(said: Path) -> int:
     """The exit status of the task on stdin; what failed is written into `said`."""
     import logging as python_logging
 
-    from transformers.utils import logging
+    with imports.uncollected():
+        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401  (what every model needs)
+        from transformers.utils import logging
 
     logging.disable_progress_bar()
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # of kernels that are not needed here

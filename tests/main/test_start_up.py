@@ -1,5 +1,6 @@
 """A start imports and launches no more than it needs."""
 
+import gc
 import sys
 
 import torch
@@ -48,3 +49,12 @@ def test_a_process_alone_has_no_launcher_and_one_gpu(tmp_path):
     }
     told = launcher.told_alone({}, deepspeed=True, gpu=True)
     assert (told["RANK"], told["WORLD_SIZE"], told["CUDA_VISIBLE_DEVICES"]) == ("0", "1", "0")
+
+
+def test_what_is_imported_without_collection_is_walked_by_none_later():
+    before = gc.get_freeze_count()
+    with imports.uncollected():
+        assert not gc.isenabled()
+        made = [[number] for number in range(1000)]
+    assert gc.isenabled() and gc.get_freeze_count() >= before + len(made)
+    gc.unfreeze()
