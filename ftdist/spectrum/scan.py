@@ -188,6 +188,8 @@ def _wait(results: Path, weights: dict[str, Stored]) -> dict[str, list[dict[str,
 
     def complete() -> bool:
         found.update(work.read_results(results))
+        for name in sorted(work.not_finite(results) & weights.keys()):
+            raise work.refusal(weights[name])  # as its rank has done
         return weights.keys() <= found.keys()
 
     _until(complete, f"the other ranks' results in {results}", progress=lambda: len(found))

@@ -41,9 +41,14 @@ def measure_all(tensors: list[Stored], results: Path, device: str) -> None:
             try:
                 found = [_measure(tensor, index, device) for index in range(stack)]
             except snr.NotFinite:
-                raise UserError(f"{tensor.file}: {tensor.name} has NaN or infinite values; get sound weights")
+                stream.write(json.dumps({"name": tensor.name, "finite": False}) + "\n")  # other ranks wait in vain
+                raise refusal(tensor)
             stream.write(json.dumps({"name": tensor.name, "matrices": found}) + "\n")
             stream.flush()
+
+
+def refusal(tensor: Stored) -> UserError:
+    return UserError(f"{tensor.file}: {tensor.name} has NaN or infinite values; get sound weights")
 
 
 def _measure(tensor: Stored, index: int, device: str) -> dict[str, Any]:
@@ -86,15 +91,23 @@ def _exact(block: np.ndarray, dtype: str, device: str, width: int) -> Any:
 
 def read_results(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Tensor name -> results of its matrices, from every worker that ever wrote here, without cut lines."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    return {entry["name"]: entry["matrices"] for entry in _entries(directory) if "matrices" in entry}
+
+
+def not_finite(directory: Path) -> set[str]:
+    """Tensors that some worker found to be NaN or infinite: a fact of these weights, whoever scans them."""
+    return {entry["name"] for entry in _entries(directory) if entry.get("finite") is False}
+
+
+def _entries(directory: Path) -> Iterator[dict[str, Any]]:
     for file in sorted(directory.glob("*.jsonl")):
         for line in file.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                found[entry["name"]] = entry["matrices"]
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 continue
-    return found
+            if isinstance(entry, dict) and "name" in entry:
+                yield entry
 
 
 def place(device: str, worker: int) -> str:

@@ -354,6 +354,18 @@ def test_weights_that_are_not_numbers(name, processes, checkpoint, tmp_path):
     assert f"{name} has NaN or infinite values" in message
 
 
+def test_a_rank_that_meets_nan_does_not_leave_the_others_waiting(checkpoint, tmp_path, monkeypatch):
+    def spoil(weights):
+        weights["lm_head.weight"][0, 0] = float("inf")  # the largest, so rank 0 measures it
+
+    model = edited(checkpoint, tmp_path, spoil)
+    monkeypatch.setattr(scan, "_STALL", 1.0)
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        assert "lm_head.weight has NaN or infinite values" in refused(model, tmp_path)
+
+
 def test_model_without_matrices(tmp_path):
     write_layout(tmp_path / "m", "one", {"norm.weight": torch.ones(8), "conv.weight": torch.ones(8, 1, 4)})
     assert "no 2-D weights" in refused(tmp_path / "m", tmp_path)
