@@ -320,8 +320,11 @@ def meta_model(config: dict[str, Any], directory: Path | None, trust_remote_code
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(built, trust_remote_code=own_code)
     except Exception as failure:  # the config decides what the model class trips over
-        reason = " ".join(str(failure).split())[:200]
-        raise UserError(f"model_type {kind!r}: no causal language model can be built from this config.json ({reason})")
+        reason = " ".join(str(failure).split()).partition(" Model type should be one of")[0][:200]  # a list of hundreds
+        raise UserError(
+            f"model.path: config.json has model_type {kind!r}, and no causal language model can be built from it "
+            f"({reason}); choose one that AutoModelForCausalLM knows"
+        )
 
 
 def describe(model: Any) -> Architecture:

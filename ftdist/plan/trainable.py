@@ -227,7 +227,9 @@ def _made_by_peft(shapes: Shapes, peft: dict[str, Any]) -> tuple[Adapters, list[
     try:
         adapted = get_peft_model(model, get_peft_config(dict(peft)), low_cpu_mem_usage=True)
     except (ValueError, TypeError) as failure:
-        raise UserError(f"strategy: peft refuses its adapter for this model: {' '.join(str(failure).split())[:200]}")
+        reason = " ".join(str(failure).split())[:200]
+        fix = "; set strategy.dropout=0" if "lora_dropout" in reason else ""
+        raise UserError(f"strategy: peft refuses its adapter for this model: {reason}{fix}")
     made: Adapters = {}
     unfrozen = set()
     for name, parameter in adapted.named_parameters():

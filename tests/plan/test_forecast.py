@@ -313,3 +313,106 @@ def test_a_machine_is_what_it_says_it_is(facts, name, memory):
     (config,) = compose("plan", ["data.path=demo", "hardware.memory=7" if facts is None else "seed=1"])
     made = hardware(**config["hardware"], here=True, world=1, cores=2, ask=lambda: facts)
     assert (made.name, made.memory, made.gpu) == (name, memory, facts is not None)
+
+
+def seconds(*words):
+    return planned("data.path=demo", "hardware=h100", *words)[1]["seconds_per_step"]
+
+
+FULL_8B = ("model=llama31_8b", "strategy=full", "train.per_device_train_batch_size=1", "cluster.processes=8")
+
+
+def test_what_crosses_to_the_host_takes_time_in_every_micro_batch():
+    words = (*FULL_8B, "engine=zero3_offload", "cluster.processes=1", "train.max_length=128")
+    once, often = (seconds(*words, f"train.gradient_accumulation_steps={n}") for n in (1, 16))
+    assert often - once > 15 * 3 * 16e9 / 3.2e10  # weights twice and gradients once, over PCIe
+    slow = seconds(*words, "hardware.host_bandwidth=2e10", "train.gradient_accumulation_steps=1")
+    assert slow - once == pytest.approx(30 * 8.03e9 * (1 / 2e10 - 1 / 2.048e11), rel=0.01)
+
+
+def test_a_disk_is_slower_than_memory():
+    nvme = (*FULL_8B, "engine=zero3_nvme", "engine.nvme_path=/tmp")
+    assert seconds(*nvme) - seconds(*FULL_8B, "engine=zero3_offload") > 2 * 12 * 8.03e9 / 7e9 - 2
+    assert seconds(*nvme, "hardware.nvme=2.8e10") < seconds(*nvme) / 2
+
+
+def test_zero2_gives_gradients_away_in_every_micro_batch():
+    words = (*FULL_8B, "cluster.nodes=2", "hardware.network=ethernet_10g", "hardware.ports=1", "train.max_length=128")
+    took = {
+        (engine, n): seconds(*words, f"engine={engine}", f"train.gradient_accumulation_steps={n}")
+        for engine in ("zero1", "zero2")
+        for n in (1, 16)
+    }
+    assert took["zero2", 16] / took["zero2", 1] == pytest.approx(17 / 2, rel=0.1)
+    assert took["zero1", 16] < 2 * took["zero1", 1]
+
+
+def test_rings_leave_a_node_through_all_its_ports():
+    words = (*FULL_8B, "engine=zero3", "cluster.nodes=2", "train.max_length=128")
+    one, each, more = (seconds(*words, f"hardware.ports={n}") for n in (1, 8, 64))
+    assert one > 5 * each
+    assert each == seconds(*words)  # one port a device
+    assert more == seconds(*words, "hardware.network=4.5e11")  # NVLink is the narrow place then
+
+
+@pytest.mark.parametrize("word", ["hardware.network=0", "hardware.network=-5", "hardware.link=0"])
+def test_a_link_carries_something(word):
+    with pytest.raises(UserError, match=f"^{word}: bytes a second, more than 0"):
+        planned(word, "model=llama31_8b")
+
+
+def test_sizes_are_those_that_were_asked_for():
+    config, _ = planned("experiment=llama31_8b_full_zero3", "hardware=h100")
+    rows = job.scaling(config, [1, 9, 17, 64])
+    for row, devices in zip(rows, (1, 9, 17, 64), strict=True):
+        made = dict(word.split("=") for word in row["overrides"])
+        assert int(made["cluster.processes"]) * int(made.get("cluster.nodes", 1)) == devices
+        assert row["same_batch"] == (row["sequences_per_step"] == 32)
+    assert [row["same_batch"] for row in rows] == [True, False, False, False]
+    lines = scaling(rows).splitlines()
+    assert "another global batch: 27 sequences a step" in lines[2] and "another" not in lines[1]
+
+
+def test_one_device_is_offered_no_sharding_first():
+    _, plan = planned("model=llama31_8b", "hardware=h200")
+    assert plan["fits"] is False and plan["fixes"][0]["overrides"] == ["engine=single"]
+
+
+def test_other_optimizers_have_fixes_that_keep_full_training():
+    for optim, count, fix in (("adamw_8bit", 2, "train.optim=adamw_torch"),
+                              ("paged_adamw_32bit", 3, "train.optim=adamw_8bit")):  # fmt: skip
+        words = ("engine=zero3", f"cluster.processes={count}", "train.max_length=512", "hardware=a100_40gb")
+        _, plan = planned("model=llama31_8b", *words, f"train.optim={optim}")
+        assert plan["fits"] is False
+        assert any(fix in made["overrides"] for made in plan["fixes"]), plan["fixes"]
+
+
+def test_fit_tries_smaller_buffers_before_another_optimizer():
+    config, _ = planned("experiment=llama31_8b_full_zero3", "hardware=l4")
+    found = job.fitted(config)["overrides"]
+    assert "+engine.zero.sub_group_size=100000000" in found and not any("optim" in word for word in found)
+
+
+def test_a_host_that_nobody_has_is_not_taken_for_granted():
+    words = ("model=llama31_70b", "strategy=full", "engine=zero3_offload", "cluster.processes=8", "hardware=h100")
+    _, plan = planned(*words)
+    assert plan["host_peak_bytes_per_node"] > 2e12 and not plan["certain"]
+    assert "host memory is not known here" in render(plan)
+    assert planned(*words, "hardware.host_memory=8e12")[1]["certain"]
+
+
+def test_a_reference_copy_is_whole_before_it_is_sharded():
+    words = ("experiment=llama31_70b_qlora_zero3", "hardware=h100", "task=dpo", "task.reference=copy")
+    _, plan = planned(*words)
+    loading = plan["phases"]["load_reference"]["reference"]
+    assert loading == pytest.approx(plan["processes"] * plan["phases"]["forward"]["reference"], rel=0.01)
+
+
+def test_what_a_job_asks_of_slurm_comes_from_the_plan():
+    _, plan = planned("experiment=llama31_8b_full_zero3", "hardware=h100", "cluster=slurm", "cluster.gpus=8",
+                      "cluster.gpu_type=h100", "train.max_steps=10000")  # fmt: skip
+    gigabytes = int(plan["asks"]["memory"].removesuffix("G")) * 2**30
+    assert 1.2 < gigabytes / plan["host_peak_bytes_per_node"] < 1.35
+    hours, minutes, _ = map(int, plan["asks"]["time"].split(":"))
+    assert 1.5 * plan["total_seconds"] + 1800 <= 3600 * hours + 60 * minutes < 1.5 * plan["total_seconds"] + 2700
+    assert f"cluster.memory={plan['asks']['memory']}, cluster.time={plan['asks']['time']}" in render(plan)
