@@ -8,7 +8,6 @@ import gc
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 
 @contextlib.contextmanager
@@ -51,5 +50,9 @@ def bitsandbytes() -> None:
 
         return first
 
-    with mock.patch("torch.compile", late), contextlib.suppress(ImportError):
-        importlib.import_module("bitsandbytes")
+    setattr(torch, "compile", late)  # noqa: B010  (an assignment has another type)
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("bitsandbytes")
+    finally:
+        setattr(torch, "compile", compiler)  # noqa: B010
