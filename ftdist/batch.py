@@ -163,7 +163,7 @@ def requeue(run_dir: Path, number: str, reason: str, seconds: float) -> int:
     print(f"{reason}: back into the queue, goes on from the checkpoint of step {newest(run_dir)}", flush=True)
     rundir.record(run_dir, None, "requeue", newest(run_dir), reason=reason, job=number)
     try:
-        refused = slurm.patiently(lambda: slurm.requeue(number), seconds)
+        refused = slurm.patiently(lambda: slurm.requeue(slurm.own_name()), seconds)
     except slurm.Away as away:
         refused = str(away)
     if refused:
@@ -183,7 +183,7 @@ class Job:
         self.cluster, self.health = config["cluster"], config["health"]
         self.nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
         self.reason: str | None = None  # why the scheduler wants an end
-        left = slurm.left(number)
+        left = slurm.left(slurm.own_name())
         self.end = None if left is None else time.monotonic() + left
         self.more, self.before = slurm.in_task(**schema.pick(slurm.in_task, self.cluster))
         os.environ[lease.VARIABLE] = str(token)
@@ -336,7 +336,7 @@ class Job:
     def asked(self) -> str | None:
         """Why to stop: what a signal of the scheduler means, or what is in stop.json."""
         if _signals and self.reason is None:
-            self.reason = meaning(self.number, _signals[0], self.cluster["signal_seconds"])
+            self.reason = meaning(slurm.own_name(), _signals[0], self.cluster["signal_seconds"])
         return self.reason or stops.requested(self.run_dir)
 
     def verdict(self, failure: Failed | None) -> tuple[Failed | None, str | None]:
@@ -359,7 +359,7 @@ class Job:
             return failure, None  # somebody asks for an end
         if reason is None and failure.status == FAILED and (lost := self.lost()):
             reason = f"node {lost} is lost"
-        if reason is None or slurm.show(self.number).get("JobState", "RUNNING") not in GOES_ON:
+        if reason is None or slurm.show(slurm.own_name()).get("JobState", "RUNNING") not in GOES_ON:
             return failure, None  # a failure, or SLURM has decided already: cancelled, or in the queue again
         limit = self.cluster["max_requeues"]
         if (count := fruitless(self.run_dir, self.number)) >= limit:
@@ -399,15 +399,15 @@ class Job:
             rundir.write_json(self.run_dir / "outcome.json", outcome)
 
 
-def meaning(number: str, name: str, lead: int) -> str:
+def meaning(own: str, name: str, lead: int) -> str:
     """What a signal of the scheduler stands for, as far as SLURM tells."""
-    job = slurm.show(number)
+    job = slurm.show(own)
     if job.get("JobState", "").startswith("CANCELLED"):
         return "cancelled"
     preempted = job.get("PreemptTime", "None")  # a date, which an earlier start may have left there
     if preempted[:1].isdigit() and preempted >= job.get("StartTime", ""):
         return "pre-empted"
-    left = slurm.left(number)
+    left = slurm.left(own)
     if left is not None and left <= lead + 60:  # SLURM may be a minute early
         return "time limit"
     return name

@@ -427,6 +427,12 @@ def job_of(script: Path) -> str | None:
     return next((number.strip() for number, path in found if path.strip() == str(script)), None)
 
 
+def own_name() -> str:
+    """What SLURM's commands call this job alone: the number of an array's member may mean the whole array too."""
+    member = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return os.environ["SLURM_JOB_ID"] if member is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{member}"
+
+
 def show(job: str) -> dict[str, str]:
     """`scontrol show job`: its fields; nothing for a job that is unknown, or when SLURM does not answer."""
     try:

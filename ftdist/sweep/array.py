@@ -224,7 +224,7 @@ def worker(sweep_dir: Path, array: str) -> int:
 
     asked = directory.read(sweep_dir)
     os.chdir(asked["directory"])  # relative paths of the configurations
-    source = search.Search(sweep_dir, owner=_own_number(), alive=_is_active)
+    source = search.Search(sweep_dir, owner=slurm.own_name(), alive=_is_active)
     print(f"worker {os.environ['SLURM_ARRAY_TASK_ID']} of array {array}", flush=True)
     while not told_to_end(sweep_dir) and (name := source.take()) is not None:
         try:
@@ -233,7 +233,7 @@ def worker(sweep_dir: Path, array: str) -> int:
         except UserError as failure:
             source.ended(name, directory.mark(sweep_dir, name, state=directory.FAILED, reason=str(failure)))
             continue
-        _tell_job(sweep_dir / name, _own_number())
+        _tell_job(sweep_dir / name, slurm.own_name())
         status = trained(sweep_dir, name, lambda name=name: source.look(name))  # type: ignore[misc]  # default binds it
         if taken_over(sweep_dir / name):  # SLURM has given this worker up, and started it elsewhere
             return status
@@ -259,10 +259,6 @@ def _is_active(number: str) -> bool:
         return any(known.active for known in slurm.jobs([number]).values())
     except UserError:  # who does not answer has not said that it is gone
         return True
-
-
-def _own_number() -> str:
-    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
 def trained(sweep_dir: Path, name: str, look: Callable[[], None] | None) -> int:

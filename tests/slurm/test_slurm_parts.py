@@ -207,7 +207,8 @@ def in_a_job(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "binds", lambda: False)
     monkeypatch.setattr(batch, "_signals", [])
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
-    for name, value in {"SLURM_JOB_NODELIST": "node1", "FTDIST_LEASE": "", "FTDIST_GRACE": ""}.items():
+    place = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "FTDIST_LEASE": "", "FTDIST_GRACE": ""}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
     token = lease.take(tmp_path).token
     cluster = yaml.safe_load((REPOSITORY / "conf" / "cluster" / "slurm.yaml").read_text())
@@ -260,6 +261,43 @@ def test_a_port_that_is_taken_meanwhile(in_a_job, monkeypatch, capsys):
     assert len(starts) == 1
 
 
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """`programs(squeue="…")`: shell scripts in the place of SLURM's commands; gives the file of what they are told."""
+    folder, told = tmp_path / "programs", tmp_path / "told"
+    folder.mkdir()
+    told.touch()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def programs(**scripts):
+        for name, text in scripts.items():
+            (folder / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{told}\n{text}\n')
+            (folder / name).chmod(0o755)
+        return told
+
+    return programs
+
+
+@pytest.mark.parametrize(("own", "member"), [("12", "1"), ("14", "0")])
+def test_a_member_of_an_array_asks_for_itself_alone(own, member, programs, tmp_path, monkeypatch):
+    """SLURM gives the last member that starts the number of the array, by which all of them are meant."""
+    answers = {"12_0": ("JobId=14 JobState=RUNNING", "5:00"), "12_1": ("JobId=12 JobState=PREEMPTED", "7:00")}
+    both = "12) {0}; {1} ;; 12_0|14) {0} ;; 12_1) {1} ;;"
+    shown = both.format(*(f"echo {said}" for said, _ in answers.values()))
+    told = programs(
+        scontrol=f"""case "${{@: -1}}" in {shown} esac""",
+        squeue=f"""case "$3" in {both.format(*(f"echo {left}" for _, left in answers.values()))} esac""",
+    )
+    place = {"SLURM_JOB_ID": own, "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": member}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(batch, "LEAVE", 0.0)
+    assert slurm.show(slurm.own_name())["JobId"] == own
+    assert slurm.left(slurm.own_name()) == (300 if member == "0" else 420)
+    assert batch.requeue(tmp_path, own, "SIGUSR1", 0.0) == 75
+    assert told.read_text().splitlines()[-1] == f"scontrol requeue 12_{member}"
+
+
 # --- a controller that is away ---------------------------------------------------------------------
 
 
@@ -305,6 +343,7 @@ def test_a_requeue_waits_for_the_controller(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess([], 0, "", "") if len(asked) > 4 else away()
 
     clock = itertools.count(0, 10)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(slurm.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(slurm, "command", at_last)
