@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -182,7 +182,7 @@ class Job:
         self.run_dir, self.number, self.token = run_dir, number, token
         self.cluster, self.health = config["cluster"], config["health"]
         self.nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
-        self.reason: str | None = None  # why the scheduler wants an end
+        self.reason: str | None = None  # why the scheduler wanted an end, once it was asked
         left = slurm.left(slurm.own_name())
         self.end = None if left is None else time.monotonic() + left
         self.more, self.before = slurm.in_task(**schema.pick(slurm.in_task, self.cluster))
@@ -334,10 +334,9 @@ class Job:
                 reader.join(5)
 
     def asked(self) -> str | None:
-        """Why to stop: what a signal of the scheduler means, or what is in stop.json."""
-        if _signals and self.reason is None:
-            self.reason = meaning(slurm.own_name(), _signals[0], self.cluster["signal_seconds"])
-        return self.reason or stops.requested(self.run_dir)
+        """Why to stop: the signal that this process was sent, or what is in stop.json. SLURM is asked later what the
+        signal means: the save comes first."""
+        return next(iter(_signals), None) or stops.requested(self.run_dir)
 
     def verdict(self, failure: Failed | None) -> tuple[Failed | None, str | None]:
         """What is to be said, and why the job should go back into the queue, if it should.
@@ -350,22 +349,31 @@ class Job:
             lease.check(self.run_dir, self.token)
         except Failed as gone:  # SLURM has started the job elsewhere: nothing here is ours to decide
             return gone, None
-        self.asked()  # a signal may have come since the ranks ended
-        reason, user = self.reason, stops.requested(self.run_dir)
-        if failure.status == STOPPED and reason is None:  # the ranks were signalled, this process was not
+        sent, user = next(iter(_signals), None), stops.requested(self.run_dir)
+        if failure.status == STOPPED and sent is None:  # the ranks were signalled, this process was not
             said = launcher.outcome_of(self.run_dir).get("reason")
-            reason = said if said != "Ctrl-C" and said in stops.SIGNALS.values() else None
-        if user is not None and user != self.reason:
+            sent = said if said != "Ctrl-C" and said in stops.SIGNALS.values() else None
+        if user is not None and user != sent:
             return failure, None  # somebody asks for an end
+        job = slurm.show(slurm.own_name())
+        reason = self.reason = sent and meaning(job, sent, self.cluster["signal_seconds"])
+        self.explain()
         if reason is None and failure.status == FAILED and (lost := self.lost()):
-            reason = f"node {lost} is lost"
-        if reason is None or slurm.show(slurm.own_name()).get("JobState", "RUNNING") not in GOES_ON:
+            reason, job = f"node {lost} is lost", slurm.show(slurm.own_name())  # which may have decided by now
+        if reason is None or job.get("JobState", "RUNNING") not in GOES_ON:
             return failure, None  # a failure, or SLURM has decided already: cancelled, or in the queue again
         limit = self.cluster["max_requeues"]
         if (count := fruitless(self.run_dir, self.number)) >= limit:
             return Failed(f"{failure}; not requeued: {count + 1} starts in a row without a new checkpoint "
                           f"(cluster.max_requeues={limit})", FENCED), None  # fmt: skip
         return failure, reason
+
+    def explain(self) -> None:
+        """Tell in outcome.json what the signal meant whose name the ranks have left there."""
+        outcome = launcher.outcome_of(self.run_dir)
+        if self.reason is not None and outcome.get("status") == STOPPED:
+            with contextlib.suppress(Failed, UserError), lease.guarded(self.run_dir, self.token):
+                rundir.write_json(self.run_dir / "outcome.json", {**outcome, "reason": self.reason})
 
     def lost(self) -> str | None:
         """A node that does not answer any more; none, as far as a controller that is away can tell."""
@@ -392,23 +400,22 @@ class Job:
         if failure is None or (failure.status == STOPPED == launcher.outcome_of(self.run_dir).get("status")):
             return
         name = "stopped" if failure.status == STOPPED else "failed"
-        reason = self.asked() or str(failure) if name == "stopped" else str(failure)
+        reason = self.reason or self.asked() or str(failure) if name == "stopped" else str(failure)
         with contextlib.suppress(Failed, UserError), lease.guarded(self.run_dir, self.token):
             rundir.record(self.run_dir, None, name, newest(self.run_dir), reason=reason, job=self.number)
             outcome = {"outcome": name, "reason": reason, "step": newest(self.run_dir), "status": failure.status}
             rundir.write_json(self.run_dir / "outcome.json", outcome)
 
 
-def meaning(own: str, name: str, lead: int) -> str:
-    """What a signal of the scheduler stands for, as far as SLURM tells."""
-    job = slurm.show(own)
+def meaning(job: Mapping[str, str], name: str, lead: int) -> str:
+    """What a signal of the scheduler stands for. job: what SLURM shows of it, if it answers."""
     if job.get("JobState", "").startswith("CANCELLED"):
         return "cancelled"
     preempted = job.get("PreemptTime", "None")  # a date, which an earlier start may have left there
     if preempted[:1].isdigit() and preempted >= job.get("StartTime", ""):
         return "pre-empted"
-    left = slurm.left(own)
-    if left is not None and left <= lead + 60:  # SLURM may be a minute early
+    limit, ran = (slurm.seconds(job.get(key, "")) for key in ("TimeLimit", "RunTime"))
+    if limit is not None and ran is not None and limit - ran <= lead + 60:  # SLURM may be a minute early
         return "time limit"
     return name
 

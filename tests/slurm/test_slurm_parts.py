@@ -298,6 +298,38 @@ def test_a_member_of_an_array_asks_for_itself_alone(own, member, programs, tmp_p
     assert told.read_text().splitlines()[-1] == f"scontrol requeue 12_{member}"
 
 
+def in_scontrol(**fields):
+    """A script that shows such a job: it runs since a minute, of ten hours."""
+    shown = {"JobState": "RUNNING", "StartTime": "2026-01-02T03:00:00", "RunTime": "00:01:00", "TimeLimit": "10:00:00"}
+    return "echo " + " ".join(f"{key}={value}" for key, value in (shown | fields).items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "SIGUSR1"),
+        ({"RunTime": "09:59:00"}, "time limit"),
+        ({"PreemptTime": "2026-01-02T03:04:05"}, "pre-empted"),
+        ({"PreemptTime": "2026-01-01T03:04:05"}, "SIGUSR1"),  # an earlier start
+        ({"JobState": "CANCELLED"}, None),
+    ],
+)
+def test_a_signal_is_passed_on_before_anybody_is_asked_what_it_means(fields, reason, in_a_job, programs):
+    """A controller that is slow costs no time that the save has; its answer is in outcome.json in the end."""
+    told = programs(scontrol=in_scontrol(**fields), squeue="echo 9:00:00")
+    run_dir = in_a_job.run_dir
+    (run_dir / stops.RUNNING).touch()
+    rundir.record(run_dir, None, "job", None, job="7", restart=0)
+    batch._signals.append("SIGUSR1")
+    saves = f"until [ -e {run_dir / stops.REQUEST} ]; do sleep 0.01; done"
+    assert in_a_job.follow(["bash", "-c", saves], trains=True) == 0
+    assert stops.requested(run_dir) == "SIGUSR1" and not told.read_text()
+    rundir.write_json(run_dir / "outcome.json", {"outcome": "stopped", "reason": "SIGUSR1", "step": 3, "status": 75})
+    failure = Failed("stopped (SIGUSR1) after step 3", 75)
+    assert in_a_job.verdict(failure) == (failure, reason)
+    assert launcher.outcome_of(run_dir)["reason"] == (reason or "cancelled")
+
+
 # --- a controller that is away ---------------------------------------------------------------------
 
 
