@@ -37,6 +37,7 @@ LEAVE = 300.0  # seconds to be ended after a requeue was accepted
 ABSENCE = 1800.0  # seconds that a controller may be away, as for an update, at most
 ATTEMPTS = 3  # ports that are tried
 TAKEN = "EADDRINUSE"  # in torch's words when somebody else listens at the port
+SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGTERM")  # that ask for an end
 
 _signals: list[str] = []  # that this process was sent
 
@@ -70,8 +71,8 @@ def main(argv: list[str]) -> int:
 
 def listen() -> None:
     """Note signals that ask for an end, from now on and those that the batch script has kept."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, _note)
+    for name in SIGNALS:
+        signal.signal(signal.Signals[name], _note)
     if os.environ.get("FTDIST_SHELL") == str(os.getppid()):
         os.kill(os.getppid(), signal.SIGURG)
 
@@ -183,6 +184,7 @@ class Job:
         self.cluster, self.health = config["cluster"], config["health"]
         self.nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
         self.reason: str | None = None  # why the scheduler wanted an end, once it was asked
+        self.told: str | None = None  # the signal that ended a task outside training
         left = slurm.left(slurm.own_name())
         self.end = None if left is None else time.monotonic() + left
         self.more, self.before = slurm.in_task(**schema.pick(slurm.in_task, self.cluster))
@@ -227,6 +229,8 @@ class Job:
             except Failed as failure:
                 said = rundir.read_json(self.run_dir / "logs" / "rank-0.error.json")
                 if said.get("lease") != str(self.token) or TAKEN not in said["message"] or attempt == ATTEMPTS:
+                    if failure.status == FAILED and preempted(slurm.show(slurm.own_name())):
+                        raise Failed(str(failure), STOPPED) from failure  # what follows are the signals' marks
                     raise
                 print(f"{failure}\nthe port was taken meanwhile: checking and starting again", flush=True)
 
@@ -251,8 +255,16 @@ class Job:
     def evaluate(self) -> None:
         """What follows training, in a task on the first node."""
         status = self.follow(self.task("ftdist.batch", "finish", self.run_dir, nodes=1))
+        self.refuse_signalled(status)
         if status != OK:
-            raise Failed(f"the evaluation ended with status {status}; its words are above", status)
+            known = status if status in (FAILED, USAGE, STOPPED) else FAILED
+            raise Failed(f"the evaluation ended with status {status}; its words are above", known)
+
+    def refuse_signalled(self, status: int) -> None:
+        """Failed if that status of srun tells that a task was ended by a signal that asks for an end."""
+        self.told = next((name for name in SIGNALS if status == 128 + signal.Signals[name]), None)
+        if self.told is not None:
+            raise Failed(f"stopped ({self.told}) outside training", STOPPED)
 
     def preflight(self) -> tuple[str, int]:
         """Every node can do what training needs, or Failed names it. The first node, and a port that is free there."""
@@ -280,6 +292,8 @@ class Job:
                              limit=self.cluster["preflight_seconds"])  # fmt: skip
         if status != OK and len(found) < len(self.nodes):
             print("\n".join(other), flush=True)
+            if not any("Exited with exit code" in line for line in other):  # else srun has ended the rest because of it
+                self.refuse_signalled(status)
         try:
             preflight.judge(found, self.nodes, self.run_dir, word, wants, self.cluster["local_disk"])
         finally:
@@ -350,13 +364,13 @@ class Job:
         except Failed as gone:  # SLURM has started the job elsewhere: nothing here is ours to decide
             return gone, None
         sent, user = next(iter(_signals), None), stops.requested(self.run_dir)
-        if failure.status == STOPPED and sent is None:  # the ranks were signalled, this process was not
-            said = launcher.outcome_of(self.run_dir).get("reason")
-            sent = said if said != "Ctrl-C" and said in stops.SIGNALS.values() else None
-        if user is not None and user != sent:
+        if failure.status == STOPPED and sent is None:  # the tasks were signalled, this process was not
+            sent = self.told or launcher.outcome_of(self.run_dir).get("reason")
+            sent = sent or launcher.first_error(self.run_dir, self.token).get("signal")
+        if user not in (None, sent) or sent not in (None, *SIGNALS):
             return failure, None  # somebody asks for an end
         job = slurm.show(slurm.own_name())
-        reason = self.reason = sent and meaning(job, sent, self.cluster["signal_seconds"])
+        reason = self.reason = meaning(job, sent, self.cluster["signal_seconds"])
         self.explain()
         if reason is None and failure.status == FAILED and (lost := self.lost()):
             reason, job = f"node {lost} is lost", slurm.show(slurm.own_name())  # which may have decided by now
@@ -371,7 +385,7 @@ class Job:
     def explain(self) -> None:
         """Tell in outcome.json what the signal meant whose name the ranks have left there."""
         outcome = launcher.outcome_of(self.run_dir)
-        if self.reason is not None and outcome.get("status") == STOPPED:
+        if self.reason is not None and outcome.get("reason") in SIGNALS:
             with contextlib.suppress(Failed, UserError), lease.guarded(self.run_dir, self.token):
                 rundir.write_json(self.run_dir / "outcome.json", {**outcome, "reason": self.reason})
 
@@ -407,15 +421,23 @@ class Job:
             rundir.write_json(self.run_dir / "outcome.json", outcome)
 
 
-def meaning(job: Mapping[str, str], name: str, lead: int) -> str:
-    """What a signal of the scheduler stands for. job: what SLURM shows of it, if it answers."""
+def preempted(job: Mapping[str, str]) -> bool:
+    """Whether SLURM ends this start of a job for a more important one: a date, which an earlier start may have left."""
+    return job.get("PreemptTime", "None")[:1].isdigit() and job["PreemptTime"] >= job.get("StartTime", "")
+
+
+def meaning(job: Mapping[str, str], name: str | None, lead: int) -> str | None:
+    """Why the scheduler wants an end. job: what SLURM shows of it, if it answers; name: of its signal, if one is known.
+
+    Without `preempt_send_user_signal` a site's pre-emption sends signals to the tasks alone.
+    """
     if job.get("JobState", "").startswith("CANCELLED"):
         return "cancelled"
-    preempted = job.get("PreemptTime", "None")  # a date, which an earlier start may have left there
-    if preempted[:1].isdigit() and preempted >= job.get("StartTime", ""):
+    if preempted(job):
         return "pre-empted"
     limit, ran = (slurm.seconds(job.get(key, "")) for key in ("TimeLimit", "RunTime"))
-    if limit is not None and ran is not None and limit - ran <= lead + 60:  # SLURM may be a minute early
+    early = 60  # seconds that SLURM may be
+    if name is not None and limit is not None and ran is not None and limit - ran <= lead + early:
         return "time limit"
     return name
 

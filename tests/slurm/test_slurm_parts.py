@@ -19,6 +19,7 @@ from nodes import IPV6_ALONE, SCRIPT, until
 
 from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops, submit
 from ftdist import job as job_module
+from ftdist import node as node_module
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.job import conclude
@@ -199,8 +200,9 @@ def test_train_sbatch_is_such_a_script():
 
 
 @pytest.fixture
-def in_a_job(tmp_path, monkeypatch):
-    """A job of one node whose SLURM answers nothing; the batch process' part of it."""
+def in_a_job(tmp_path, monkeypatch, programs):
+    """A job of one node that SLURM knows nothing special of; the batch process' part of it."""
+    programs(scontrol=in_scontrol())
     monkeypatch.setattr(slurm, "hosts", lambda nodes: [nodes])
     monkeypatch.setattr(slurm, "left", lambda number: None)
     monkeypatch.setattr(slurm, "address", lambda node: node)
@@ -218,8 +220,9 @@ def in_a_job(tmp_path, monkeypatch):
     return job
 
 
-def says(job, message, status=1):
-    rank = {"rank": 0, "time": time.time(), "message": message, "status": status, "log": "", "lease": str(job.token)}
+def says(job, message, status=1, name=None):
+    rank = {"rank": 0, "time": time.time(), "message": message, "status": status, "log": "", "lease": str(job.token),
+            "signal": name}  # fmt: skip
     rundir.write_json(job.run_dir / "logs" / "rank-0.error.json", rank)
     return status
 
@@ -317,6 +320,7 @@ def in_scontrol(**fields):
 def test_a_signal_is_passed_on_before_anybody_is_asked_what_it_means(fields, reason, in_a_job, programs):
     """A controller that is slow costs no time that the save has; its answer is in outcome.json in the end."""
     told = programs(scontrol=in_scontrol(**fields), squeue="echo 9:00:00")
+    told.write_text("")
     run_dir = in_a_job.run_dir
     (run_dir / stops.RUNNING).touch()
     rundir.record(run_dir, None, "job", None, job="7", restart=0)
@@ -328,6 +332,84 @@ def test_a_signal_is_passed_on_before_anybody_is_asked_what_it_means(fields, rea
     failure = Failed("stopped (SIGUSR1) after step 3", 75)
     assert in_a_job.verdict(failure) == (failure, reason)
     assert launcher.outcome_of(run_dir)["reason"] == (reason or "cancelled")
+
+
+PREEMPTED = {"PreemptTime": "2026-01-02T03:04:05"}
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "fields", "reason"),
+    [
+        ("SIGTERM", 75, PREEMPTED, "pre-empted"),
+        ("SIGTERM", 75, {}, "SIGTERM"),
+        ("Ctrl-C", 75, {}, None),
+        (None, 1, PREEMPTED, "pre-empted"),
+        (None, 1, {}, None),
+    ],
+)
+def test_a_signal_to_the_tasks_alone(name, status, fields, reason, in_a_job, programs, monkeypatch):
+    """Before training, as pre-emption sends it where a site has not set preempt_send_user_signal."""
+    programs(scontrol=in_scontrol(**fields))
+    rundir.record(in_a_job.run_dir, None, "job", None, job="7", restart=0)
+    monkeypatch.setattr(in_a_job, "follow", lambda command, **_: says(in_a_job, "ended", status, name))
+    monkeypatch.setattr(in_a_job, "lost", lambda: None)
+    with pytest.raises(Failed) as failure:
+        in_a_job.start()
+    assert failure.value.status == (75 if reason else status)  # not a failure that is tried again inside the job
+    assert in_a_job.verdict(failure.value) == (failure.value, reason)
+
+
+@pytest.mark.parametrize(("ended", "status", "reason"), [(143, 75, "SIGTERM"), (138, 75, "SIGUSR1"), (137, 1, None)])
+def test_a_signal_outside_training(ended, status, reason, in_a_job, monkeypatch):
+    """To the checks of the nodes, or to the evaluation; a status that the job's table does not have is a failure."""
+    rundir.record(in_a_job.run_dir, None, "job", None, job="7", restart=0)
+    monkeypatch.setattr(in_a_job, "follow", lambda *_, **__: ended)
+    monkeypatch.setattr(in_a_job, "lost", lambda: None)
+    for part in (in_a_job.evaluate, lambda: batch.Job.preflight(in_a_job)):
+        with pytest.raises(Failed) as failure:
+            part()
+        assert failure.value.status == status
+        assert in_a_job.verdict(failure.value) == (failure.value, reason)
+
+
+def test_a_node_that_fails_its_check_is_named(in_a_job, monkeypatch):
+    """Though srun ends the tasks of the others, which shows as their signal."""
+
+    def other(command, read, **_):
+        read("srun: error: node2: task 1: Exited with exit code 1\n")
+        return 143
+
+    monkeypatch.setattr(in_a_job, "follow", other)
+    with pytest.raises(Failed, match="node1: answer") as failure:
+        batch.Job.preflight(in_a_job)
+    assert failure.value.status == 1
+
+
+@pytest.mark.parametrize(("sent", "status"), [({signal.SIGTERM}, 75), (set(), 1)])
+def test_a_rank_that_cannot_listen_yet(sent, status, tmp_path):
+    """A signal that its node has passed on ends it as asked; the same from elsewhere is a failure."""
+    (tmp_path / "logs").mkdir()
+    rank = subprocess.Popen(["sleep", "60"])
+    rank.terminate()
+    assert node_module.wait({0: rank}, tmp_path, 1.0, sent) == (0 if sent else 1)
+    with pytest.raises(Failed) as failure:
+        launcher.judge(tmp_path, 1)
+    assert failure.value.status == status
+    assert launcher.first_error(tmp_path)["signal"] == ("SIGTERM" if sent else None)
+
+
+def test_a_rank_that_is_signalled_before_training(tmp_path):
+    (tmp_path / "logs").mkdir()
+    text = """
+        import os, pathlib, signal, sys
+        from functools import partial
+        from ftdist import stops, worker
+        stops.listen(partial(worker.fail, pathlib.Path(sys.argv[1])))
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(text), str(tmp_path)], env=os.environ | {"RANK": "0"})
+    said = launcher.first_error(tmp_path)
+    assert done.returncode == 75 == said["status"] and said["signal"] == "SIGUSR1"
 
 
 # --- a controller that is away ---------------------------------------------------------------------

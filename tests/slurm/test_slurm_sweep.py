@@ -84,8 +84,8 @@ def test_a_member_of_an_array_that_requeues_itself(on_slurm, cluster, words, tmp
     words.remove("train.learning_rate=1e-2")
     finished = on_slurm(cluster, "train", "-m", *words, f"train.learning_rate={rates}", f"sweep_dir={sweep_dir}")
     assert finished.status == 0, finished
-    states = sorted((sweep_dir / "members").glob("*.json"))
-    runs = [sweep_dir / file.stem for file in states]
+    runs = sorted(file.parent for file in sweep_dir.glob("*/config.yaml"))
+    states = [sweep_dir / "members" / f"{run.name}.json" for run in runs]
     assert len(runs) == rates.count(",") + 1
     array = json.loads((runs[0] / "job.json").read_text())["job"].partition("_")[0]
     until(lambda: all(steps_done(run) for run in runs), say=lambda: cluster.log(runs[0]))
