@@ -35,6 +35,7 @@ PORTS = 20000, 10000  # first port, and how many: below those that systems hand 
 GOES_ON = ("RUNNING", "TIMEOUT", "PREEMPTED", "SUSPENDED")  # states in which SLURM does not requeue by itself
 LEAVE = 300.0  # seconds to be ended after a requeue was accepted
 ABSENCE = 1800.0  # seconds that a controller may be away, as for an update, at most
+POLITE, ABORT = 5.0, 10.0  # seconds that the tasks of a step have to end by themselves, and to be ended by srun
 ATTEMPTS = 3  # ports that are tried
 TAKEN = "EADDRINUSE"  # in torch's words when somebody else listens at the port
 SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGTERM")  # that ask for an end
@@ -44,10 +45,11 @@ _signals: list[str] = []  # that this process was sent
 
 def main(argv: list[str]) -> int:
     """The exit status of the job."""
-    listen()
+    verb, words = argv[0], argv[1:]
+    if verb not in ("prepare", "finish"):  # which have nothing to save: nobody waits for them
+        listen()
     os.umask(rundir.PRIVATE)
     os.environ[stops.STARTED] = str(time.time())  # of this job, not of whoever has submitted it
-    verb, words = argv[0], argv[1:]
     try:
         if verb == "words":
             run_dir = from_words(words)
@@ -496,12 +498,20 @@ def _lines(child: subprocess.Popen[str], read: Callable[[str], None]) -> None:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """End srun and its tasks: it passes the first signal on and takes the second for itself."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGKILL):
+    """End srun and its tasks: it passes SIGTERM on; two SIGINTs within a second make it end the step itself.
+
+    Were it killed before that, its tasks would live on.
+    """
+    for number, seconds in (
+        (signal.SIGTERM, POLITE),
+        (signal.SIGINT, 0.2),
+        (signal.SIGINT, ABORT),
+        (signal.SIGKILL, 2),
+    ):
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(5 if number == signal.SIGTERM else 2)
+            child.wait(seconds)
             return
 
 

@@ -412,6 +412,42 @@ def test_a_rank_that_is_signalled_before_training(tmp_path):
     assert done.returncode == 75 == said["status"] and said["signal"] == "SIGUSR1"
 
 
+SRUN = """
+import pathlib, signal, sys, time
+here, heard = pathlib.Path(sys.argv[1]), []
+def interrupt(*_):
+    heard.append(time.monotonic())
+    if len(heard) > 1 and heard[-1] - heard[-2] < 1:
+        (here / "aborted").touch()
+        sys.exit(1)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as its tasks do, which it passes it on to
+signal.signal(signal.SIGINT, interrupt)
+(here / "up").touch()
+while True: signal.pause()
+"""
+
+
+def test_a_step_that_does_not_end_by_itself(tmp_path, monkeypatch):
+    """srun ends it when it is interrupted twice within a second; killed, it would leave its tasks behind."""
+    monkeypatch.setattr(batch, "POLITE", 0.1)
+    step = subprocess.Popen([sys.executable, "-c", SRUN, str(tmp_path)], text=True)
+    until((tmp_path / "up").exists)
+    batch._end(step)
+    assert step.wait(60) == 1 and (tmp_path / "aborted").exists()
+
+
+@pytest.mark.parametrize("verb", ["finish", "prepare"])
+def test_what_has_nothing_to_save_is_ended_by_a_signal(verb, tmp_path):
+    text = f"""
+        import os, signal, sys
+        from ftdist import batch
+        batch.{verb} = lambda run_dir: os.kill(os.getpid(), signal.SIGTERM)
+        batch.main(["{verb}", sys.argv[1]])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(text), str(tmp_path)])
+    assert done.returncode == -signal.SIGTERM
+
+
 # --- a controller that is away ---------------------------------------------------------------------
 
 
