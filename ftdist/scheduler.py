@@ -49,7 +49,10 @@ BEGINS = """set +e
 batch=$!
 while true; do
   wait "$batch"; status=$?
-  kill -0 "$batch" 2>/dev/null || exit "$status"
+  kill -0 "$batch" 2>/dev/null && continue
+  wait "$batch" 2>/dev/null; last=$? # a signal may have interrupted the first one while the process ended
+  [ "$last" = 127 ] || status=$last
+  exit "$status"
 done
 """
 

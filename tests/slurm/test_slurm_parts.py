@@ -185,6 +185,18 @@ def test_a_signal_that_comes_too_early(signal_first, lines, tmp_path):
     assert script.returncode == 7 and said.split()[0] == ("SIGTERM" if signal_first else "SIGUSR1"), said
 
 
+def test_a_process_that_ends_of_the_signal_while_the_script_passes_it_on(tmp_path):
+    """The interrupted `wait` has another status than the process, which is gone before the script looks again."""
+    ends = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); pathlib.Path('up').touch(); signal.pause()"
+    gone = 'while builtin kill -0 "$batch" 2>/dev/null; do :; done'
+    slow = f'kill() {{ builtin kill "$@" || return; [ "$1" = -0 ] || {gone}; }}'
+    text = slurm.script({}, [slow], [sys.executable, "-c", f"import pathlib, signal, sys; {ends}"])
+    script = subprocess.Popen(["bash", "-c", text], cwd=tmp_path)
+    until((tmp_path / "up").exists)
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(60) == 75
+
+
 def test_a_line_that_fails_ends_the_job():
     text = slurm.script({}, ["false", "echo on"], ["echo", "began"])
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
