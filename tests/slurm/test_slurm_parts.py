@@ -424,6 +424,21 @@ def test_a_rank_that_is_signalled_before_training(tmp_path):
     assert done.returncode == 75 == said["status"] and said["signal"] == "SIGUSR1"
 
 
+def test_a_member_of_a_sweep_hears_the_signals_of_its_job(tmp_path):
+    text = """
+        import os, runpy, signal, sys
+        from ftdist import batch
+        from ftdist.sweep import array
+        def member(sweep_dir, number):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return 75 if batch.told_to_end() else 0
+        array.member = member
+        runpy.run_module("ftdist.batch", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(text), "member", str(tmp_path), "0"])
+    assert done.returncode == 75
+
+
 SRUN = """
 import pathlib, signal, sys, time
 here, heard = pathlib.Path(sys.argv[1]), []

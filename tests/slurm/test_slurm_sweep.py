@@ -1,13 +1,9 @@
 """Sweeps on a real SLURM: a grid as one array, a search as workers that share a storage."""
 
 import json
-import os
-import signal
 
 import pytest
 from nodes import events, held, rows, steps_done, until
-
-from ftdist import rundir
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
@@ -91,7 +87,7 @@ def test_a_member_of_an_array_that_requeues_itself(on_slurm, cluster, words, tmp
     until(lambda: all(steps_done(run) for run in runs), say=lambda: cluster.log(runs[0]))
     (own,) = (run for run in runs if (run / "logs" / f"job-{array}.log").exists())
     with held(own, cluster, count=1):
-        os.kill(rundir.read_json(own / "lease.json")["pid"], signal.SIGUSR1)  # scancel of 22.05 reaches no member
+        cluster.ask("scancel", "--batch", "--signal=USR1", json.loads((own / "job.json").read_text())["job"])
         until(lambda: (own / "stop.json").exists(), say=lambda: cluster.log(own))
     until(
         lambda: all(json.loads(file.read_text())["state"] == "finished" for file in states),
