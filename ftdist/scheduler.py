@@ -22,9 +22,9 @@ from ftdist.errors import UserError
 
 Answer = TypeVar("Answer")
 SCRIPT = "job.sbatch"  # in a run directory
-# Words of SLURM for jobs that will still do something.
-ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
-          "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")  # fmt: skip
+# Words of SLURM for jobs that are over. It has more and more for those that are not.
+ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
+         "OUT_OF_MEMORY", "REVOKED")  # fmt: skip
 TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, M:SS
 # Options that keys of `cluster` stand for, and the log that `ftdist logs` reads.
 OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "mem", "time", "signal",
@@ -80,7 +80,7 @@ class Job:
     @property
     def active(self) -> bool:
         """Whether it waits, runs, or is being ended."""
-        return self.state in ACTIVE
+        return self.state not in ENDED
 
 
 def options(

@@ -26,7 +26,6 @@ ARRAYS = "arrays"  # SWEEP/arrays/N.json: the members of an array, by index
 LOOK = 2.0  # seconds between two looks at a trial's evaluations
 POLL = 5.0  # seconds between two questions to SLURM
 SILENT = 600.0  # seconds without an answer until it is given up
-DEAD = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "CANCELLED")  # ends, of SLURM's words
 
 
 def check(configs: list[dict[str, Any]], sweep: dict[str, Any]) -> None:
@@ -199,7 +198,7 @@ def mark_dead(sweep_dir: Path) -> None:
     known = slurm.jobs(list(left.values()))
     for name, owner in left.items():
         ended = known.get(owner)
-        if ended is not None and ended.state in DEAD:
+        if ended is not None and not ended.active and ended.state != "COMPLETED":
             reason = f"job {owner}: {ended.state} {ended.reason}".strip()
             directory.mark(sweep_dir, name, state=directory.FAILED, status=FAILED, reason=reason)
 

@@ -141,6 +141,7 @@ def test_words_for_what_a_run_does(tmp_path):
     assert follow.state(tmp_path, job("RUNNING"))["seconds_left"] == 60 * 50 / 10
     rundir.record(tmp_path, None, "requeue", 40, reason="pre-empted")
     assert words(tmp_path, job("PENDING", "BeginTime")) == ("pre-empted", "pre-empted; waits again (BeginTime)")
+    assert words(tmp_path, job("RESV_DEL_HOLD"))[0] == "pre-empted"
     assert words(tmp_path, job("OUT_OF_MEMORY"))[0] == "failed"
     assert words(tmp_path, job("CANCELLED"))[0] == "cancelled"
     rundir.write_json(tmp_path / "outcome.json", {"outcome": "stopped", "reason": "ftdist stop", "status": 75})
@@ -148,6 +149,15 @@ def test_words_for_what_a_run_does(tmp_path):
     (tmp_path / "final").mkdir()
     assert words(tmp_path, job("COMPLETED"))[0] == "done"
     assert words(tmp_path, job("FAILED"))[0] == "stopped"  # trained, and its evaluation was not
+
+
+@pytest.mark.parametrize(
+    ("state", "active"),
+    [("RESV_DEL_HOLD", True), ("POWER_UP_NODE", True), ("COMPLETING", True), ("DEADLINE", False), ("PREEMPTED", False)],
+)
+def test_words_for_jobs_that_are_over(state, active):
+    """They are the closed list: a word that is new to us is not taken for an end."""
+    assert job(state)["7"].active is active
 
 
 @pytest.mark.parametrize("key", ["nodes", "gpus_per_node", "time", "output", "array"])
