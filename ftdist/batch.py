@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -35,18 +35,21 @@ PORTS = 20000, 10000  # first port, and how many: below those that systems hand 
 GOES_ON = ("RUNNING", "TIMEOUT", "PREEMPTED", "SUSPENDED")  # states in which SLURM does not requeue by itself
 LEAVE = 300.0  # seconds to be ended after a requeue was accepted
 ABSENCE = 1800.0  # seconds that a controller may be away, as for an update, at most
+POLITE, ABORT = 5.0, 10.0  # seconds that the tasks of a step have to end by themselves, and to be ended by srun
 ATTEMPTS = 3  # ports that are tried
 TAKEN = "EADDRINUSE"  # in torch's words when somebody else listens at the port
+SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGTERM")  # that ask for an end
 
 _signals: list[str] = []  # that this process was sent
 
 
 def main(argv: list[str]) -> int:
     """The exit status of the job."""
-    listen()
+    verb, words = argv[0], argv[1:]
+    if verb not in ("prepare", "finish"):  # which have nothing to save: nobody waits for them
+        listen()
     os.umask(rundir.PRIVATE)
     os.environ[stops.STARTED] = str(time.time())  # of this job, not of whoever has submitted it
-    verb, words = argv[0], argv[1:]
     try:
         if verb == "words":
             run_dir = from_words(words)
@@ -70,8 +73,8 @@ def main(argv: list[str]) -> int:
 
 def listen() -> None:
     """Note signals that ask for an end, from now on and those that the batch script has kept."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, _note)
+    for name in SIGNALS:
+        signal.signal(signal.Signals[name], _note)
     if os.environ.get("FTDIST_SHELL") == str(os.getppid()):
         os.kill(os.getppid(), signal.SIGURG)
 
@@ -163,7 +166,7 @@ def requeue(run_dir: Path, number: str, reason: str, seconds: float) -> int:
     print(f"{reason}: back into the queue, goes on from the checkpoint of step {newest(run_dir)}", flush=True)
     rundir.record(run_dir, None, "requeue", newest(run_dir), reason=reason, job=number)
     try:
-        refused = slurm.patiently(lambda: slurm.requeue(number), seconds)
+        refused = slurm.patiently(lambda: slurm.requeue(slurm.own_name()), seconds)
     except slurm.Away as away:
         refused = str(away)
     if refused:
@@ -182,8 +185,9 @@ class Job:
         self.run_dir, self.number, self.token = run_dir, number, token
         self.cluster, self.health = config["cluster"], config["health"]
         self.nodes = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
-        self.reason: str | None = None  # why the scheduler wants an end
-        left = slurm.left(number)
+        self.reason: str | None = None  # why the scheduler wanted an end, once it was asked
+        self.told: str | None = None  # the signal that ended a task outside training
+        left = slurm.left(slurm.own_name())
         self.end = None if left is None else time.monotonic() + left
         self.more, self.before = slurm.in_task(**schema.pick(slurm.in_task, self.cluster))
         os.environ[lease.VARIABLE] = str(token)
@@ -227,6 +231,8 @@ class Job:
             except Failed as failure:
                 said = rundir.read_json(self.run_dir / "logs" / "rank-0.error.json")
                 if said.get("lease") != str(self.token) or TAKEN not in said["message"] or attempt == ATTEMPTS:
+                    if failure.status == FAILED and preempted(slurm.show(slurm.own_name())):
+                        raise Failed(str(failure), STOPPED) from failure  # what follows are the signals' marks
                     raise
                 print(f"{failure}\nthe port was taken meanwhile: checking and starting again", flush=True)
 
@@ -251,8 +257,16 @@ class Job:
     def evaluate(self) -> None:
         """What follows training, in a task on the first node."""
         status = self.follow(self.task("ftdist.batch", "finish", self.run_dir, nodes=1))
+        self.refuse_signalled(status)
         if status != OK:
-            raise Failed(f"the evaluation ended with status {status}; its words are above", status)
+            known = status if status in (FAILED, USAGE, STOPPED) else FAILED
+            raise Failed(f"the evaluation ended with status {status}; its words are above", known)
+
+    def refuse_signalled(self, status: int) -> None:
+        """Failed if that status of srun tells that a task was ended by a signal that asks for an end."""
+        self.told = next((name for name in SIGNALS if status == 128 + signal.Signals[name]), None)
+        if self.told is not None:
+            raise Failed(f"stopped ({self.told}) outside training", STOPPED)
 
     def preflight(self) -> tuple[str, int]:
         """Every node can do what training needs, or Failed names it. The first node, and a port that is free there."""
@@ -280,6 +294,8 @@ class Job:
                              limit=self.cluster["preflight_seconds"])  # fmt: skip
         if status != OK and len(found) < len(self.nodes):
             print("\n".join(other), flush=True)
+            if not any("Exited with exit code" in line for line in other):  # else srun has ended the rest because of it
+                self.refuse_signalled(status)
         try:
             preflight.judge(found, self.nodes, self.run_dir, word, wants, self.cluster["local_disk"])
         finally:
@@ -334,10 +350,9 @@ class Job:
                 reader.join(5)
 
     def asked(self) -> str | None:
-        """Why to stop: what a signal of the scheduler means, or what is in stop.json."""
-        if _signals and self.reason is None:
-            self.reason = meaning(self.number, _signals[0], self.cluster["signal_seconds"])
-        return self.reason or stops.requested(self.run_dir)
+        """Why to stop: the signal that this process was sent, or what is in stop.json. SLURM is asked later what the
+        signal means: the save comes first."""
+        return next(iter(_signals), None) or stops.requested(self.run_dir)
 
     def verdict(self, failure: Failed | None) -> tuple[Failed | None, str | None]:
         """What is to be said, and why the job should go back into the queue, if it should.
@@ -350,22 +365,31 @@ class Job:
             lease.check(self.run_dir, self.token)
         except Failed as gone:  # SLURM has started the job elsewhere: nothing here is ours to decide
             return gone, None
-        self.asked()  # a signal may have come since the ranks ended
-        reason, user = self.reason, stops.requested(self.run_dir)
-        if failure.status == STOPPED and reason is None:  # the ranks were signalled, this process was not
-            said = launcher.outcome_of(self.run_dir).get("reason")
-            reason = said if said != "Ctrl-C" and said in stops.SIGNALS.values() else None
-        if user is not None and user != self.reason:
+        sent, user = next(iter(_signals), None), stops.requested(self.run_dir)
+        if failure.status == STOPPED and sent is None:  # the tasks were signalled, this process was not
+            sent = self.told or launcher.outcome_of(self.run_dir).get("reason")
+            sent = sent or launcher.first_error(self.run_dir, self.token).get("signal")
+        if user not in (None, sent) or sent not in (None, *SIGNALS):
             return failure, None  # somebody asks for an end
+        job = slurm.show(slurm.own_name())
+        reason = self.reason = meaning(job, sent, self.cluster["signal_seconds"])
+        self.explain()
         if reason is None and failure.status == FAILED and (lost := self.lost()):
-            reason = f"node {lost} is lost"
-        if reason is None or slurm.show(self.number).get("JobState", "RUNNING") not in GOES_ON:
+            reason, job = f"node {lost} is lost", slurm.show(slurm.own_name())  # which may have decided by now
+        if reason is None or job.get("JobState", "RUNNING") not in GOES_ON:
             return failure, None  # a failure, or SLURM has decided already: cancelled, or in the queue again
         limit = self.cluster["max_requeues"]
         if (count := fruitless(self.run_dir, self.number)) >= limit:
             return Failed(f"{failure}; not requeued: {count + 1} starts in a row without a new checkpoint "
                           f"(cluster.max_requeues={limit})", FENCED), None  # fmt: skip
         return failure, reason
+
+    def explain(self) -> None:
+        """Tell in outcome.json what the signal meant whose name the ranks have left there."""
+        outcome = launcher.outcome_of(self.run_dir)
+        if self.reason is not None and outcome.get("reason") in SIGNALS:
+            with contextlib.suppress(Failed, UserError), lease.guarded(self.run_dir, self.token):
+                rundir.write_json(self.run_dir / "outcome.json", {**outcome, "reason": self.reason})
 
     def lost(self) -> str | None:
         """A node that does not answer any more; none, as far as a controller that is away can tell."""
@@ -392,23 +416,30 @@ class Job:
         if failure is None or (failure.status == STOPPED == launcher.outcome_of(self.run_dir).get("status")):
             return
         name = "stopped" if failure.status == STOPPED else "failed"
-        reason = self.asked() or str(failure) if name == "stopped" else str(failure)
+        reason = self.reason or self.asked() or str(failure) if name == "stopped" else str(failure)
         with contextlib.suppress(Failed, UserError), lease.guarded(self.run_dir, self.token):
             rundir.record(self.run_dir, None, name, newest(self.run_dir), reason=reason, job=self.number)
             outcome = {"outcome": name, "reason": reason, "step": newest(self.run_dir), "status": failure.status}
             rundir.write_json(self.run_dir / "outcome.json", outcome)
 
 
-def meaning(number: str, name: str, lead: int) -> str:
-    """What a signal of the scheduler stands for, as far as SLURM tells."""
-    job = slurm.show(number)
+def preempted(job: Mapping[str, str]) -> bool:
+    """Whether SLURM ends this start of a job for a more important one: a date, which an earlier start may have left."""
+    return job.get("PreemptTime", "None")[:1].isdigit() and job["PreemptTime"] >= job.get("StartTime", "")
+
+
+def meaning(job: Mapping[str, str], name: str | None, lead: int) -> str | None:
+    """Why the scheduler wants an end. job: what SLURM shows of it, if it answers; name: of its signal, if one is known.
+
+    Without `preempt_send_user_signal` a site's pre-emption sends signals to the tasks alone.
+    """
     if job.get("JobState", "").startswith("CANCELLED"):
         return "cancelled"
-    preempted = job.get("PreemptTime", "None")  # a date, which an earlier start may have left there
-    if preempted[:1].isdigit() and preempted >= job.get("StartTime", ""):
+    if preempted(job):
         return "pre-empted"
-    left = slurm.left(number)
-    if left is not None and left <= lead + 60:  # SLURM may be a minute early
+    limit, ran = (slurm.seconds(job.get(key, "")) for key in ("TimeLimit", "RunTime"))
+    early = 60  # seconds that SLURM may be
+    if name is not None and limit is not None and ran is not None and limit - ran <= lead + early:
         return "time limit"
     return name
 
@@ -467,14 +498,24 @@ def _lines(child: subprocess.Popen[str], read: Callable[[str], None]) -> None:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """End srun and its tasks: it passes the first signal on and takes the second for itself."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGKILL):
+    """End srun and its tasks: it passes SIGTERM on; two SIGINTs within a second make it end the step itself.
+
+    Were it killed before that, its tasks would live on.
+    """
+    for number, seconds in (
+        (signal.SIGTERM, POLITE),
+        (signal.SIGINT, 0.2),
+        (signal.SIGINT, ABORT),
+        (signal.SIGKILL, 2),
+    ):
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(5 if number == signal.SIGTERM else 2)
+            child.wait(seconds)
             return
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from ftdist import batch  # by its name, as a sweep's members have it: what is noted here, would not be known there
+
+    sys.exit(batch.main(sys.argv[1:]))

@@ -78,7 +78,7 @@ def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> t
     job, prepare = (jobs.get(str(known.get(key))) for key in ("job", "prepare"))
     if prepare is not None and prepare.active:
         return "preparing", f"job {prepare.id}, {prepare.state.lower()}"
-    if job is not None and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"):
+    if job is not None and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD"):
         if event.get("time", 0) > known.get("submitted", 0):
             why = event.get("reason") or outcome.get("reason") or "by SLURM"
             word = "pre-empted" if why == "pre-empted" else "requeued"

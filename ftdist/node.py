@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Set
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,8 +28,10 @@ def main(argv: list[str]) -> int:
     run_dir, head, port, count, module = Path(argv[0]), argv[1], int(argv[2]), int(argv[3]), argv[4]
     node, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_STEP_NUM_NODES"])
     ranks: dict[int, subprocess.Popen[bytes]] = {}
+    sent: set[int] = set()
 
     def pass_on(number: int, _: FrameType | None) -> None:
+        sent.add(number)
         for rank in ranks.values():
             with contextlib.suppress(ProcessLookupError):
                 rank.send_signal(number)
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> int:
         ranks[rank] = subprocess.Popen(
             [sys.executable, "-m", module, str(run_dir)], env=variables, preexec_fn=launcher.end_with_parent
         )
-    return wait(ranks, run_dir, float(os.environ["FTDIST_GRACE"]))
+    return wait(ranks, run_dir, float(os.environ["FTDIST_GRACE"]), sent)
 
 
 def environment(count: int) -> dict[str, str]:
@@ -70,8 +73,12 @@ def place(rank: int, local: int, count: int, nodes: int, node: int, head: str, p
     }
 
 
-def wait(ranks: dict[int, subprocess.Popen[bytes]], run_dir: Path, grace: float) -> int:
-    """Until all have ended; once one has failed, the others have `grace` seconds to say why they fail too."""
+def wait(ranks: dict[int, subprocess.Popen[bytes]], run_dir: Path, grace: float, sent: Set[int]) -> int:
+    """Until all have ended; once one has failed, the others have `grace` seconds to say why they fail too.
+
+    sent: signals that ask for an end, as they come. A rank that could not listen to them yet, and dies of one, has
+    stopped as asked.
+    """
     failed: float | None = None
     bad, over = OK, False
     while any(rank.returncode is None for rank in ranks.values()):
@@ -79,9 +86,10 @@ def wait(ranks: dict[int, subprocess.Popen[bytes]], run_dir: Path, grace: float)
         for number, rank in ranks.items():
             if rank.returncode is None and (status := rank.poll()) not in (None, OK, STOPPED):
                 assert status is not None
-                bad = bad or (status if status > 0 else FAILED)
                 if not over:
-                    _speak_for(number, status, run_dir)
+                    if -status not in sent:
+                        bad = bad or (status if status > 0 else FAILED)
+                    _speak_for(number, status, run_dir, -status in sent)
                 failed = failed or time.monotonic()
         if failed is not None and time.monotonic() - failed > grace:
             over = True
@@ -91,14 +99,18 @@ def wait(ranks: dict[int, subprocess.Popen[bytes]], run_dir: Path, grace: float)
     return bad
 
 
-def _speak_for(rank: int, status: int, run_dir: Path) -> None:
-    """The last word of a rank that could not say it itself."""
+def _speak_for(rank: int, status: int, run_dir: Path, asked: bool) -> None:
+    """The last word of a rank that could not say it itself. asked: it was sent the signal that it died of."""
     file = run_dir / "logs" / f"rank-{rank}.error.json"
     if file.exists() and status > 0:
         return
     memory = " (out of memory?)" if status == -signal.SIGKILL else ""
     message = f"killed by signal {-status}{memory}" if status < 0 else f"ended with status {status} and no word"
-    report: dict[str, Any] = {"rank": rank, "time": time.time(), "message": message, "status": FAILED,
+    name = stops.SIGNALS[signal.Signals(-status)] if asked else None
+    if asked:
+        message = f"stopped ({name}) before it could listen"
+    report: dict[str, Any] = {"rank": rank, "time": time.time(), "message": message,
+                              "status": STOPPED if asked else FAILED, "signal": name,
                               "log": str(file.with_name(f"rank-{rank}.log")), "killed": status == -signal.SIGKILL,
                               "node": os.environ.get("SLURMD_NODENAME"),
                               "lease": os.environ.get(lease.VARIABLE)}  # fmt: skip

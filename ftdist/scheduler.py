@@ -22,9 +22,9 @@ from ftdist.errors import UserError
 
 Answer = TypeVar("Answer")
 SCRIPT = "job.sbatch"  # in a run directory
-# Words of SLURM for jobs that will still do something.
-ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
-          "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")  # fmt: skip
+# Words of SLURM for jobs that are over. It has more and more for those that are not.
+ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
+         "OUT_OF_MEMORY", "REVOKED")  # fmt: skip
 TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, M:SS
 # Options that keys of `cluster` stand for, and the log that `ftdist logs` reads.
 OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "mem", "time", "signal",
@@ -49,7 +49,10 @@ BEGINS = """set +e
 batch=$!
 while true; do
   wait "$batch"; status=$?
-  kill -0 "$batch" 2>/dev/null || exit "$status"
+  kill -0 "$batch" 2>/dev/null && continue
+  wait "$batch" 2>/dev/null; last=$? # a signal may have interrupted the first one while the process ended
+  [ "$last" = 127 ] || status=$last
+  exit "$status"
 done
 """
 
@@ -77,7 +80,7 @@ class Job:
     @property
     def active(self) -> bool:
         """Whether it waits, runs, or is being ended."""
-        return self.state in ACTIVE
+        return self.state not in ENDED
 
 
 def options(
@@ -425,6 +428,12 @@ def job_of(script: Path) -> str | None:
     done = command("squeue", "--noheader", "--format=%F|%o")
     found = [line.split("|", 1) for line in done.stdout.splitlines()]
     return next((number.strip() for number, path in found if path.strip() == str(script)), None)
+
+
+def own_name() -> str:
+    """What SLURM's commands call this job alone: the number of an array's member may mean the whole array too."""
+    member = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return os.environ["SLURM_JOB_ID"] if member is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{member}"
 
 
 def show(job: str) -> dict[str, str]:

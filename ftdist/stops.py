@@ -27,13 +27,13 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _noted: dict[str, Any] = {}
 _nothing_to_save = True
-_last_word: Callable[[str, int], None] | None = None
+_last_word: Callable[[str, int, str], None] | None = None
 
 
-def listen(last_word: Callable[[str, int], None]) -> None:
+def listen(last_word: Callable[[str, int, str], None]) -> None:
     """From now on signals that ask for an end are noted; until training begins they end the process at once.
 
-    last_word: told why, and with which status, before it ends.
+    last_word: told a line, the status, and the signal, before it ends.
     """
     global _last_word
     _last_word = last_word
@@ -56,7 +56,7 @@ def _note(number: int, _: Any) -> None:
     if _nothing_to_save:
         status = INTERRUPTED if number == signal.SIGINT else STOPPED
         assert _last_word is not None
-        _last_word(f"stopped ({_noted['reason']}) before training began", status)
+        _last_word(f"stopped ({_noted['reason']}) before training began", status, _noted["reason"])
         os._exit(status)
 
 

@@ -282,14 +282,14 @@ def main(run_dir: Path, at_failure: Callable[[], None] | None = None) -> int:
         os._exit(status)
 
 
-def fail(run_dir: Path, message: str, status: int = FAILED) -> None:
-    """Leave this rank's last word for whoever started it."""
+def fail(run_dir: Path, message: str, status: int = FAILED, signalled: str | None = None) -> None:
+    """Leave this rank's last word for whoever started it. signalled: by which signal it was ended."""
     rank = int(os.environ.get("RANK", "0"))
     logs = run_dir / "logs"
     report = {"rank": rank, "time": time.time(), "message": message, "log": str(logs / f"rank-{rank}.log"),
               "node": os.environ.get("SLURMD_NODENAME"), "lease": os.environ.get(lease.VARIABLE)}  # fmt: skip
     with contextlib.suppress(OSError):  # a full disk, perhaps the very reason
-        rundir.write_json(logs / f"rank-{rank}.error.json", {**report, "status": status})
+        rundir.write_json(logs / f"rank-{rank}.error.json", {**report, "status": status, "signal": signalled})
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@
 #   SEPARATE=auto|none|names|net           nodes with host names, or networks, of their own (need root); auto: names
 #   TRACK=auto|linuxproc|cgroup            how SLURM knows a job's processes; cgroup: as in production (version 1, root)
 #   PORT=26817                             the first of NODES + 1 TCP ports
+#   WARN=all|tasks                         whom pre-emption warns: batch processes too, or SLURM's default
 #   NAME=node                              what nodes are called (node1, node2, …); another for a second cluster
 set -euo pipefail
 umask 022 # munged refuses a socket that not everybody reaches
 : "${CLUSTER:=/tmp/ftdist-slurm-$(id -u)}" "${NODES:=2}" "${CPUS:=8}" "${MEMORY:=16000}" "${GPUS:=0}" "${PORT:=26817}"
-: "${SEPARATE:=auto}" "${TRACK:=auto}" "${NAME:=node}"
+: "${SEPARATE:=auto}" "${TRACK:=auto}" "${NAME:=node}" "${WARN:=all}"
 export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$CLUSTER/slurm.conf
 FREEZER=/sys/fs/cgroup/freezer
 
@@ -107,7 +108,7 @@ ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
+$([ "$WARN" = tasks ] || echo SlurmctldParameters=preempt_send_user_signal)
 CONF
     for ((i = 1; i <= NODES; i++)); do
       echo "NodeName=$NAME$i NodeHostname=localhost NodeAddr=$(address "$i") Port=$((PORT + i)) CPUs=$CPUS RealMemory=$MEMORY$gres State=UNKNOWN"
@@ -253,5 +254,5 @@ case $action in
       hide) nsenter --mount="/proc/$(daemon_of "$node")/ns/mnt" mount -t tmpfs none "$3" ;;
       pids) pids_of "$node" ;;
     esac ;;
-  *) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

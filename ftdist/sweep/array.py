@@ -26,7 +26,6 @@ ARRAYS = "arrays"  # SWEEP/arrays/N.json: the members of an array, by index
 LOOK = 2.0  # seconds between two looks at a trial's evaluations
 POLL = 5.0  # seconds between two questions to SLURM
 SILENT = 600.0  # seconds without an answer until it is given up
-DEAD = ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "CANCELLED")  # ends, of SLURM's words
 
 
 def check(configs: list[dict[str, Any]], sweep: dict[str, Any]) -> None:
@@ -199,7 +198,7 @@ def mark_dead(sweep_dir: Path) -> None:
     known = slurm.jobs(list(left.values()))
     for name, owner in left.items():
         ended = known.get(owner)
-        if ended is not None and ended.state in DEAD:
+        if ended is not None and not ended.active and ended.state != "COMPLETED":
             reason = f"job {owner}: {ended.state} {ended.reason}".strip()
             directory.mark(sweep_dir, name, state=directory.FAILED, status=FAILED, reason=reason)
 
@@ -224,7 +223,7 @@ def worker(sweep_dir: Path, array: str) -> int:
 
     asked = directory.read(sweep_dir)
     os.chdir(asked["directory"])  # relative paths of the configurations
-    source = search.Search(sweep_dir, owner=_own_number(), alive=_is_active)
+    source = search.Search(sweep_dir, owner=slurm.own_name(), alive=_is_active)
     print(f"worker {os.environ['SLURM_ARRAY_TASK_ID']} of array {array}", flush=True)
     while not told_to_end(sweep_dir) and (name := source.take()) is not None:
         try:
@@ -233,7 +232,7 @@ def worker(sweep_dir: Path, array: str) -> int:
         except UserError as failure:
             source.ended(name, directory.mark(sweep_dir, name, state=directory.FAILED, reason=str(failure)))
             continue
-        _tell_job(sweep_dir / name, _own_number())
+        _tell_job(sweep_dir / name, slurm.own_name())
         status = trained(sweep_dir, name, lambda name=name: source.look(name))  # type: ignore[misc]  # default binds it
         if taken_over(sweep_dir / name):  # SLURM has given this worker up, and started it elsewhere
             return status
@@ -259,10 +258,6 @@ def _is_active(number: str) -> bool:
         return any(known.active for known in slurm.jobs([number]).values())
     except UserError:  # who does not answer has not said that it is gone
         return True
-
-
-def _own_number() -> str:
-    return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
 def trained(sweep_dir: Path, name: str, look: Callable[[], None] | None) -> int:

@@ -1,5 +1,6 @@
 """What a cluster does to jobs: on a real SLURM, minutes long. `make slurm-drill`."""
 
+import contextlib
 import json
 import os
 import signal
@@ -53,6 +54,30 @@ def test_time_limit(on_slurm, tracked, words, local, tmp_path):
     assert [event["reason"] for event in events(run_dir, "requeue")] == ["time limit"]
     same(run_dir, local("full", "zero2"))
     wandb_has(run_dir)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_pre_emption_that_warns_the_tasks_alone(on_slurm, clusters, words, local, tmp_path, trains):
+    """As SLURM does by itself: the batch process hears nothing, before there is anything to save, and later."""
+    cluster = clusters(WARN="tasks")
+    run_dir = tmp_path / "run"
+    job = submit(on_slurm, cluster, run_dir, *words, "engine=zero2", *NODES, "cluster.partition=low")
+    with contextlib.ExitStack() as stack:
+        if trains:
+            stack.enter_context(held(run_dir, cluster))
+        else:
+            until(lambda: len(ranks(run_dir)) == 2, say=lambda: cluster.log(run_dir), pause=0.001)
+            for pid in ranks(run_dir):  # they cannot have begun when the signal comes
+                os.kill(pid, signal.SIGSTOP)
+                stack.callback(os.kill, pid, signal.SIGCONT)
+        urgent = ("--partition=main", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
+        cluster.ask("sbatch", *urgent)
+        until(lambda: "PreemptTime=2" in cluster.ask("scontrol", "show", "job", job))
+    until(lambda: events(run_dir, "requeue"), say=lambda: cluster.log(run_dir))
+    finished(on_slurm, cluster, run_dir)
+    (again,) = events(run_dir, "requeue")
+    assert again["reason"] == "pre-empted" and (again["step"] is not None) == trains
+    same(run_dir, local("full", "zero2"))
 
 
 def test_signal_to_every_process(on_slurm, tracked, words, local, tmp_path):

@@ -19,6 +19,7 @@ from nodes import IPV6_ALONE, SCRIPT, until
 
 from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops, submit
 from ftdist import job as job_module
+from ftdist import node as node_module
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.job import conclude
@@ -140,6 +141,7 @@ def test_words_for_what_a_run_does(tmp_path):
     assert follow.state(tmp_path, job("RUNNING"))["seconds_left"] == 60 * 50 / 10
     rundir.record(tmp_path, None, "requeue", 40, reason="pre-empted")
     assert words(tmp_path, job("PENDING", "BeginTime")) == ("pre-empted", "pre-empted; waits again (BeginTime)")
+    assert words(tmp_path, job("RESV_DEL_HOLD"))[0] == "pre-empted"
     assert words(tmp_path, job("OUT_OF_MEMORY"))[0] == "failed"
     assert words(tmp_path, job("CANCELLED"))[0] == "cancelled"
     rundir.write_json(tmp_path / "outcome.json", {"outcome": "stopped", "reason": "ftdist stop", "status": 75})
@@ -147,6 +149,15 @@ def test_words_for_what_a_run_does(tmp_path):
     (tmp_path / "final").mkdir()
     assert words(tmp_path, job("COMPLETED"))[0] == "done"
     assert words(tmp_path, job("FAILED"))[0] == "stopped"  # trained, and its evaluation was not
+
+
+@pytest.mark.parametrize(
+    ("state", "active"),
+    [("RESV_DEL_HOLD", True), ("POWER_UP_NODE", True), ("COMPLETING", True), ("DEADLINE", False), ("PREEMPTED", False)],
+)
+def test_words_for_jobs_that_are_over(state, active):
+    """They are the closed list: a word that is new to us is not taken for an end."""
+    assert job(state)["7"].active is active
 
 
 @pytest.mark.parametrize("key", ["nodes", "gpus_per_node", "time", "output", "array"])
@@ -184,6 +195,18 @@ def test_a_signal_that_comes_too_early(signal_first, lines, tmp_path):
     assert script.returncode == 7 and said.split()[0] == ("SIGTERM" if signal_first else "SIGUSR1"), said
 
 
+def test_a_process_that_ends_of_the_signal_while_the_script_passes_it_on(tmp_path):
+    """The interrupted `wait` has another status than the process, which is gone before the script looks again."""
+    ends = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); pathlib.Path('up').touch(); signal.pause()"
+    gone = 'while builtin kill -0 "$batch" 2>/dev/null; do :; done'
+    slow = f'kill() {{ builtin kill "$@" || return; [ "$1" = -0 ] || {gone}; }}'
+    text = slurm.script({}, [slow], [sys.executable, "-c", f"import pathlib, signal, sys; {ends}"])
+    script = subprocess.Popen(["bash", "-c", text], cwd=tmp_path)
+    until((tmp_path / "up").exists)
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(60) == 75
+
+
 def test_a_line_that_fails_ends_the_job():
     text = slurm.script({}, ["false", "echo on"], ["echo", "began"])
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
@@ -199,15 +222,17 @@ def test_train_sbatch_is_such_a_script():
 
 
 @pytest.fixture
-def in_a_job(tmp_path, monkeypatch):
-    """A job of one node whose SLURM answers nothing; the batch process' part of it."""
+def in_a_job(tmp_path, monkeypatch, programs):
+    """A job of one node that SLURM knows nothing special of; the batch process' part of it."""
+    programs(scontrol=in_scontrol())
     monkeypatch.setattr(slurm, "hosts", lambda nodes: [nodes])
     monkeypatch.setattr(slurm, "left", lambda number: None)
     monkeypatch.setattr(slurm, "address", lambda node: node)
     monkeypatch.setattr(slurm, "binds", lambda: False)
     monkeypatch.setattr(batch, "_signals", [])
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
-    for name, value in {"SLURM_JOB_NODELIST": "node1", "FTDIST_LEASE": "", "FTDIST_GRACE": ""}.items():
+    place = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "FTDIST_LEASE": "", "FTDIST_GRACE": ""}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
     token = lease.take(tmp_path).token
     cluster = yaml.safe_load((REPOSITORY / "conf" / "cluster" / "slurm.yaml").read_text())
@@ -217,8 +242,9 @@ def in_a_job(tmp_path, monkeypatch):
     return job
 
 
-def says(job, message, status=1):
-    rank = {"rank": 0, "time": time.time(), "message": message, "status": status, "log": "", "lease": str(job.token)}
+def says(job, message, status=1, name=None):
+    rank = {"rank": 0, "time": time.time(), "message": message, "status": status, "log": "", "lease": str(job.token),
+            "signal": name}  # fmt: skip
     rundir.write_json(job.run_dir / "logs" / "rank-0.error.json", rank)
     return status
 
@@ -258,6 +284,205 @@ def test_a_port_that_is_taken_meanwhile(in_a_job, monkeypatch, capsys):
     with pytest.raises(Failed, match="a bug"):
         in_a_job.start()
     assert len(starts) == 1
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """`programs(squeue="…")`: shell scripts in the place of SLURM's commands; gives the file of what they are told."""
+    folder, told = tmp_path / "programs", tmp_path / "told"
+    folder.mkdir()
+    told.touch()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def programs(**scripts):
+        for name, text in scripts.items():
+            (folder / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{told}\n{text}\n')
+            (folder / name).chmod(0o755)
+        return told
+
+    return programs
+
+
+@pytest.mark.parametrize(("own", "member"), [("12", "1"), ("14", "0")])
+def test_a_member_of_an_array_asks_for_itself_alone(own, member, programs, tmp_path, monkeypatch):
+    """SLURM gives the last member that starts the number of the array, by which all of them are meant."""
+    answers = {"12_0": ("JobId=14 JobState=RUNNING", "5:00"), "12_1": ("JobId=12 JobState=PREEMPTED", "7:00")}
+    both = "12) {0}; {1} ;; 12_0|14) {0} ;; 12_1) {1} ;;"
+    shown = both.format(*(f"echo {said}" for said, _ in answers.values()))
+    told = programs(
+        scontrol=f"""case "${{@: -1}}" in {shown} esac""",
+        squeue=f"""case "$3" in {both.format(*(f"echo {left}" for _, left in answers.values()))} esac""",
+    )
+    place = {"SLURM_JOB_ID": own, "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": member}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(batch, "LEAVE", 0.0)
+    assert slurm.show(slurm.own_name())["JobId"] == own
+    assert slurm.left(slurm.own_name()) == (300 if member == "0" else 420)
+    assert batch.requeue(tmp_path, own, "SIGUSR1", 0.0) == 75
+    assert told.read_text().splitlines()[-1] == f"scontrol requeue 12_{member}"
+
+
+def in_scontrol(**fields):
+    """A script that shows such a job: it runs since a minute, of ten hours."""
+    shown = {"JobState": "RUNNING", "StartTime": "2026-01-02T03:00:00", "RunTime": "00:01:00", "TimeLimit": "10:00:00"}
+    return "echo " + " ".join(f"{key}={value}" for key, value in (shown | fields).items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "SIGUSR1"),
+        ({"RunTime": "09:59:00"}, "time limit"),
+        ({"PreemptTime": "2026-01-02T03:04:05"}, "pre-empted"),
+        ({"PreemptTime": "2026-01-01T03:04:05"}, "SIGUSR1"),  # an earlier start
+        ({"JobState": "CANCELLED"}, None),
+    ],
+)
+def test_a_signal_is_passed_on_before_anybody_is_asked_what_it_means(fields, reason, in_a_job, programs):
+    """A controller that is slow costs no time that the save has; its answer is in outcome.json in the end."""
+    told = programs(scontrol=in_scontrol(**fields), squeue="echo 9:00:00")
+    told.write_text("")
+    run_dir = in_a_job.run_dir
+    (run_dir / stops.RUNNING).touch()
+    rundir.record(run_dir, None, "job", None, job="7", restart=0)
+    batch._signals.append("SIGUSR1")
+    saves = f"until [ -e {run_dir / stops.REQUEST} ]; do sleep 0.01; done"
+    assert in_a_job.follow(["bash", "-c", saves], trains=True) == 0
+    assert stops.requested(run_dir) == "SIGUSR1" and not told.read_text()
+    rundir.write_json(run_dir / "outcome.json", {"outcome": "stopped", "reason": "SIGUSR1", "step": 3, "status": 75})
+    failure = Failed("stopped (SIGUSR1) after step 3", 75)
+    assert in_a_job.verdict(failure) == (failure, reason)
+    assert launcher.outcome_of(run_dir)["reason"] == (reason or "cancelled")
+
+
+PREEMPTED = {"PreemptTime": "2026-01-02T03:04:05"}
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "fields", "reason"),
+    [
+        ("SIGTERM", 75, PREEMPTED, "pre-empted"),
+        ("SIGTERM", 75, {}, "SIGTERM"),
+        ("Ctrl-C", 75, {}, None),
+        (None, 1, PREEMPTED, "pre-empted"),
+        (None, 1, {}, None),
+    ],
+)
+def test_a_signal_to_the_tasks_alone(name, status, fields, reason, in_a_job, programs, monkeypatch):
+    """Before training, as pre-emption sends it where a site has not set preempt_send_user_signal."""
+    programs(scontrol=in_scontrol(**fields))
+    rundir.record(in_a_job.run_dir, None, "job", None, job="7", restart=0)
+    monkeypatch.setattr(in_a_job, "follow", lambda command, **_: says(in_a_job, "ended", status, name))
+    monkeypatch.setattr(in_a_job, "lost", lambda: None)
+    with pytest.raises(Failed) as failure:
+        in_a_job.start()
+    assert failure.value.status == (75 if reason else status)  # not a failure that is tried again inside the job
+    assert in_a_job.verdict(failure.value) == (failure.value, reason)
+
+
+@pytest.mark.parametrize(("ended", "status", "reason"), [(143, 75, "SIGTERM"), (138, 75, "SIGUSR1"), (137, 1, None)])
+def test_a_signal_outside_training(ended, status, reason, in_a_job, monkeypatch):
+    """To the checks of the nodes, or to the evaluation; a status that the job's table does not have is a failure."""
+    rundir.record(in_a_job.run_dir, None, "job", None, job="7", restart=0)
+    monkeypatch.setattr(in_a_job, "follow", lambda *_, **__: ended)
+    monkeypatch.setattr(in_a_job, "lost", lambda: None)
+    for part in (in_a_job.evaluate, lambda: batch.Job.preflight(in_a_job)):
+        with pytest.raises(Failed) as failure:
+            part()
+        assert failure.value.status == status
+        assert in_a_job.verdict(failure.value) == (failure.value, reason)
+
+
+def test_a_node_that_fails_its_check_is_named(in_a_job, monkeypatch):
+    """Though srun ends the tasks of the others, which shows as their signal."""
+
+    def other(command, read, **_):
+        read("srun: error: node2: task 1: Exited with exit code 1\n")
+        return 143
+
+    monkeypatch.setattr(in_a_job, "follow", other)
+    with pytest.raises(Failed, match="node1: answer") as failure:
+        batch.Job.preflight(in_a_job)
+    assert failure.value.status == 1
+
+
+@pytest.mark.parametrize(("sent", "status"), [({signal.SIGTERM}, 75), (set(), 1)])
+def test_a_rank_that_cannot_listen_yet(sent, status, tmp_path):
+    """A signal that its node has passed on ends it as asked; the same from elsewhere is a failure."""
+    (tmp_path / "logs").mkdir()
+    rank = subprocess.Popen(["sleep", "60"])
+    rank.terminate()
+    assert node_module.wait({0: rank}, tmp_path, 1.0, sent) == (0 if sent else 1)
+    with pytest.raises(Failed) as failure:
+        launcher.judge(tmp_path, 1)
+    assert failure.value.status == status
+    assert launcher.first_error(tmp_path)["signal"] == ("SIGTERM" if sent else None)
+
+
+def test_a_rank_that_is_signalled_before_training(tmp_path):
+    (tmp_path / "logs").mkdir()
+    text = """
+        import os, pathlib, signal, sys
+        from functools import partial
+        from ftdist import stops, worker
+        stops.listen(partial(worker.fail, pathlib.Path(sys.argv[1])))
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(text), str(tmp_path)], env=os.environ | {"RANK": "0"})
+    said = launcher.first_error(tmp_path)
+    assert done.returncode == 75 == said["status"] and said["signal"] == "SIGUSR1"
+
+
+def test_a_member_of_a_sweep_hears_the_signals_of_its_job(tmp_path):
+    text = """
+        import os, runpy, signal, sys
+        from ftdist import batch
+        from ftdist.sweep import array
+        def member(sweep_dir, number):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return 75 if batch.told_to_end() else 0
+        array.member = member
+        runpy.run_module("ftdist.batch", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(text), "member", str(tmp_path), "0"])
+    assert done.returncode == 75
+
+
+SRUN = """
+import pathlib, signal, sys, time
+here, heard = pathlib.Path(sys.argv[1]), []
+def interrupt(*_):
+    heard.append(time.monotonic())
+    if len(heard) > 1 and heard[-1] - heard[-2] < 1:
+        (here / "aborted").touch()
+        sys.exit(1)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as its tasks do, which it passes it on to
+signal.signal(signal.SIGINT, interrupt)
+(here / "up").touch()
+while True: signal.pause()
+"""
+
+
+def test_a_step_that_does_not_end_by_itself(tmp_path, monkeypatch):
+    """srun ends it when it is interrupted twice within a second; killed, it would leave its tasks behind."""
+    monkeypatch.setattr(batch, "POLITE", 0.1)
+    step = subprocess.Popen([sys.executable, "-c", SRUN, str(tmp_path)], text=True)
+    until((tmp_path / "up").exists)
+    batch._end(step)
+    assert step.wait(60) == 1 and (tmp_path / "aborted").exists()
+
+
+@pytest.mark.parametrize("verb", ["finish", "prepare"])
+def test_what_has_nothing_to_save_is_ended_by_a_signal(verb, tmp_path):
+    text = f"""
+        import os, signal, sys
+        from ftdist import batch
+        batch.{verb} = lambda run_dir: os.kill(os.getpid(), signal.SIGTERM)
+        batch.main(["{verb}", sys.argv[1]])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(text), str(tmp_path)])
+    assert done.returncode == -signal.SIGTERM
 
 
 # --- a controller that is away ---------------------------------------------------------------------
@@ -305,6 +530,7 @@ def test_a_requeue_waits_for_the_controller(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess([], 0, "", "") if len(asked) > 4 else away()
 
     clock = itertools.count(0, 10)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(slurm.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(slurm, "command", at_last)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from nodes import events, held, rows, until
+from nodes import events, held, rows, steps_done, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
@@ -70,3 +70,30 @@ def test_a_member_that_is_requeued_goes_on(on_slurm, cluster, words, tmp_path):
     again = on_slurm(cluster, "resume", sweep_dir)
     assert again.status == 0 and "0 members unfinished" in again.stdout, again
     assert {row["name"]: row["attempts"] for row in results(sweep_dir)} == {first.name: 2, second.name: 1}
+
+
+@pytest.mark.parametrize("rates", ["1e-3,1e-2", "1e-3"])
+def test_a_member_of_an_array_that_requeues_itself(on_slurm, cluster, words, tmp_path, rates):
+    """The one that has the array's number takes no other with it, and finds itself again."""
+    sweep_dir = tmp_path / "signalled"
+    words = [*words, "engine=single", "cluster=slurm", "cluster.processes=1", "cluster.time=0:20:00"]
+    words.remove("train.learning_rate=1e-2")
+    finished = on_slurm(cluster, "train", "-m", *words, f"train.learning_rate={rates}", f"sweep_dir={sweep_dir}")
+    assert finished.status == 0, finished
+    runs = sorted(file.parent for file in sweep_dir.glob("*/config.yaml"))
+    states = [sweep_dir / "members" / f"{run.name}.json" for run in runs]
+    assert len(runs) == rates.count(",") + 1
+    array = json.loads((runs[0] / "job.json").read_text())["job"].partition("_")[0]
+    until(lambda: all(steps_done(run) for run in runs), say=lambda: cluster.log(runs[0]))
+    (own,) = (run for run in runs if (run / "logs" / f"job-{array}.log").exists())
+    with held(own, cluster, count=1):
+        cluster.ask("scancel", "--batch", "--signal=USR1", json.loads((own / "job.json").read_text())["job"])
+        until(lambda: (own / "stop.json").exists(), say=lambda: cluster.log(own))
+    until(
+        lambda: all(json.loads(file.read_text())["state"] == "finished" for file in states),
+        say=lambda: cluster.log(own),
+    )
+    assert [event["reason"] for event in events(own, "requeue")] == ["SIGUSR1"]
+    for run in runs:
+        assert len(events(run, "job")) == (2 if run == own else 1)
+        assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 31))

@@ -599,7 +599,7 @@ def test_a_member_whose_job_died_without_a_word_has_failed(tmp_path, monkeypatch
     for number, name in enumerate(names):
         directory.mark(tmp_path, name, owner=f"7_{number}")
     directory.ended(tmp_path, "2-finished", 0, None, 1.0)
-    states = {"7_0": "OUT_OF_MEMORY", "7_1": "RUNNING", "7_2": "FAILED"}
+    states = {"7_0": "DEADLINE", "7_1": "RUNNING", "7_2": "FAILED"}
     answers = iter([UserError("squeue does not answer"), {}])
 
     def jobs(ids):
@@ -619,7 +619,7 @@ def test_a_member_whose_job_died_without_a_word_has_failed(tmp_path, monkeypatch
     assert array.wait(tmp_path, lambda name, state: None) is None
     found = [directory.state(tmp_path, name) for name in names]
     assert [one.state for one in found] == [directory.FAILED, directory.WAITING, directory.FINISHED]
-    assert found[0].reason == "job 7_0: OUT_OF_MEMORY" and found[0].status == 1
+    assert found[0].reason == "job 7_0: DEADLINE" and found[0].status == 1
 
 
 def test_a_search_whose_trials_never_began_has_failed(tmp_path, monkeypatch, capsys):
