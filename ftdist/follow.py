@@ -20,6 +20,8 @@ from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, Failed, UserError
 from ftdist.tracking import duration
 
 JOB = "job.json"  # the run's job: {"job", "prepare"}
+PREPARE = "prepare.sbatch"  # in a run directory
+UNKNOWN = "unknown"  # in place of a number: the script was sent to SLURM, which has not said what job it is
 STOP = "ftdist stop"  # the reason of such a stop
 FOLDERS = ("runs/*", "sweeps/*/*")
 POLL = 0.5  # seconds between looks at files
@@ -42,12 +44,24 @@ def is_run(path: Path) -> bool:
 def jobs_of(runs: Sequence[Path]) -> dict[Path, dict[str, slurm.Job]]:
     """The jobs of each run that SLURM still knows, by number; one question for all of them."""
     numbers = {}
+    here = shutil.which("squeue") is not None  # the files tell a part of it everywhere
     for run_dir in runs:
         known = rundir.read_json(run_dir / JOB)
-        numbers[run_dir] = [str(known[key]) for key in ("job", "prepare") if known.get(key)]
-    here = shutil.which("squeue") is not None  # the files tell a part of it everywhere
+        if here and UNKNOWN in known.values():
+            known = _found(run_dir, known)
+        numbers[run_dir] = [str(known[key]) for key in ("job", "prepare") if known.get(key) not in (None, UNKNOWN)]
     jobs = slurm.jobs(sorted({number for own in numbers.values() for number in own})) if here else {}
     return {run_dir: {number: jobs[number] for number in own if number in jobs} for run_dir, own in numbers.items()}
+
+
+def _found(run_dir: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """The run's job.json with the numbers of jobs that SLURM has taken without an answer, as far as they are queued."""
+    scripts = {"job": slurm.SCRIPT, "prepare": PREPARE}
+    for key in (key for key in scripts if known[key] == UNKNOWN):
+        known[key] = slurm.job_of(run_dir / scripts[key]) or UNKNOWN
+    with contextlib.suppress(OSError):  # somebody else's run
+        rundir.write_json(run_dir / JOB, known)
+    return known
 
 
 def status(runs: Sequence[Path]) -> list[dict[str, Any]]:

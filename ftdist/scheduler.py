@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -333,10 +335,31 @@ def pattern(path: Path) -> str:
 def submit(file: Path, *words: str, cwd: Path | None = None) -> str:
     """Submit a batch script; the job's number. words: more options, such as --dependency=afterok:12.
 
-    UserError with sbatch's own words if it is refused. Variables of a job around us do not leak into the new one.
+    UserError with sbatch's own words if it is refused; Away if nobody knows whether it was taken. Variables of a job
+    around us do not leak into the new one. Ctrl-C waits for the answer, and takes the job out of the queue again.
     """
-    answer = _sbatch([*words, "--parsable", str(file)], cwd)
-    return answer.splitlines()[-1].partition(";")[0].strip()
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        answer = _sbatch([*words, "--parsable", str(file)], cwd)
+        number = answer.splitlines()[-1].partition(";")[0].strip()
+    except Away as away:
+        number = _taken(file, away)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        cancel([number])
+        raise KeyboardInterrupt
+    return number
+
+
+def _taken(file: Path, away: Away) -> str:
+    """The job that the controller has made of a script without saying so."""
+    with contextlib.suppress(UserError):
+        if number := job_of(file):
+            return number
+    raise Away(f"{away} Whether it has taken {file} is not known, so nothing is removed; ftdist status tells once it "
+               "answers, and ftdist resume submits what it has not taken")  # fmt: skip
 
 
 def test_only(file: Path, *words: str, cwd: Path | None = None) -> str:
@@ -363,14 +386,16 @@ INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)|FTDIST_(STARTE
 def command(
     name: str, *words: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of SLURM's commands. UserError if it is not there; Away if it, or the controller, does not answer."""
+    """Run one of SLURM's commands. UserError if it is not there; Away if it, or the controller, does not answer.
+
+    A terminal's Ctrl-C is for this process alone. Names in other encodings, of other users' jobs, are read as well.
+    """
     program = shutil.which(name)
     if program is None:
         raise UserError(f"cluster=slurm: no {name} here; start this on a machine that can submit jobs")
     try:
-        done = subprocess.run(
-            [program, *words], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment, cwd=cwd
-        )
+        done = subprocess.run([program, *words], capture_output=True, text=True, errors="replace", check=False,
+                              timeout=PATIENCE, env=environment, cwd=cwd, start_new_session=True)  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Away(f"cluster=slurm: {name} does not answer within {PATIENCE} s; is the controller up?")
     if done.returncode != 0 and re.search(AWAY, done.stderr):

@@ -11,8 +11,6 @@ from ftdist import follow, job, lease, resume, rundir, schema
 from ftdist import scheduler as slurm
 from ftdist.errors import OK, UserError
 
-PREPARE = "prepare.sbatch"
-
 
 def run(config: dict[str, Any], run_dir: Path) -> int:
     """Submit a new run, or go on with the one in `run_dir` (resume=auto); wait for it if that is wanted."""
@@ -23,13 +21,19 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
     cluster = slurm.filled(cluster, [dict(job.plan(config))])
     if asked(cluster, run_dir):
         return OK
+    unknown = None
     with rundir.claimed(run_dir) as token:
         if cluster["prepare"] == "job":
             rundir.write_json(run_dir / job.ASKED, config)
         else:
             job.freeze(config, run_dir)
         lease.release(run_dir, token)  # it is the job's now
-        queue(run_dir, cluster, prepare=cluster["prepare"] == "job")
+        try:
+            queue(run_dir, cluster, prepare=cluster["prepare"] == "job")
+        except slurm.Away as away:  # what may be a job's by now stays
+            unknown = away
+    if unknown is not None:
+        raise unknown
     return followed(run_dir, cluster)
 
 
@@ -76,20 +80,33 @@ def queue(run_dir: Path, cluster: dict[str, Any], prepare: bool) -> str:
     (run_dir / "logs").mkdir(mode=0o700, exist_ok=True)
     script = run_dir / slurm.SCRIPT
     script.write_text(text(run_dir, cluster), encoding="utf-8")
-    words, before = [], None
-    if prepare:
-        file = run_dir / PREPARE
-        file.write_text(preparation(run_dir, cluster), encoding="utf-8")
-        before = slurm.submit(file)
-        words = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
-        print(f"job {before} prepares the data", flush=True)
+    words, before, earlier = [], None, rundir.read_json(run_dir / follow.JOB)
+
+    def tell(job: str | None) -> None:
+        rundir.write_json(run_dir / follow.JOB, {"job": job, "prepare": before, "submitted": time.time()})
+
     try:
+        if prepare:
+            file = run_dir / follow.PREPARE
+            file.write_text(preparation(run_dir, cluster), encoding="utf-8")
+            before = follow.UNKNOWN
+            tell(None)
+            before = slurm.submit(file)
+            words = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
+            print(f"job {before} prepares the data", flush=True)
+        tell(follow.UNKNOWN)
         number = slurm.submit(script, *words)
-    except UserError:
-        if before:
-            slurm.cancel([before])
+    except slurm.Away:  # it may have been taken: job.json tells where to look
         raise
-    rundir.write_json(run_dir / follow.JOB, {"job": number, "prepare": before, "submitted": time.time()})
+    except BaseException:
+        if before not in (None, follow.UNKNOWN):
+            slurm.cancel([before])
+        if earlier:
+            rundir.write_json(run_dir / follow.JOB, earlier)
+        else:
+            (run_dir / follow.JOB).unlink(missing_ok=True)
+        raise
+    tell(number)
     count = cluster["gpus"] or cluster["processes"]
     kind = "GPU" if cluster["gpus"] else "process"
     each = f"{count} {kind}" + (("es" if kind == "process" else "s") if count > 1 else "")

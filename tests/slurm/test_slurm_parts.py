@@ -23,6 +23,7 @@ from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.job import conclude
 from ftdist.plan import hardware
+from ftdist.sweep import array
 
 REPOSITORY = Path(__file__).parents[2]
 VALUES = {"name": "auto", "match": None, "memory": None, "capability": None, "price_per_hour": 2.0}
@@ -648,3 +649,95 @@ def test_a_job_that_was_killed_is_over(tmp_path, monkeypatch):
     rundir.write_json(tmp_path / "outcome.json", {"outcome": "stopped", "reason": "SIGTERM", "status": 75})
     assert words(tmp_path, {})[0] == "ending"
     assert words(tmp_path, job("CANCELLED")) == ("stopped", "SIGTERM")
+
+
+# --- a submission -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """`commands(sbatch="echo 7")`: SLURM's commands are these lines of shell; `$0.said` has what they were told."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def commands(**lines):
+        for name, line in lines.items():
+            (folder / name).write_text(f'#!/bin/sh\necho "$*" >> "$0.said"\n{line}\n')
+            (folder / name).chmod(0o755)
+        return folder
+
+    return commands
+
+
+AWAY = "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+def freezes(run_dir):
+    """What `submit.run` does with a new run, its freezing left out."""
+    config = {"cluster": CLUSTER | {"check": False, "time": "1:00", "memory": "1G"}, "resume": "never"}
+    return submit.run(config, run_dir)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.setattr(submit.job, "plan", lambda config: {"asks": {}})
+    monkeypatch.setattr(submit.job, "freeze", lambda config, run_dir: (run_dir / "config.yaml").touch())
+
+
+def test_a_job_that_was_taken_without_an_answer(commands, plain, tmp_path):
+    """Its files stay, and its number is found: at once, or as soon as the controller answers."""
+    run_dir = tmp_path / "run"
+    folder = commands(sbatch=AWAY, squeue=f"echo '7|{run_dir}/job.sbatch'; echo '8|/els\\351where'")
+    assert freezes(run_dir) == 0
+    assert rundir.read_json(run_dir / "job.json")["job"] == "7"
+    run_dir = tmp_path / "later"
+    commands(squeue=AWAY)
+    with pytest.raises(slurm.Away, match=r"later/job\.sbatch is not known, so nothing is removed"):
+        freezes(run_dir)
+    assert (run_dir / "config.yaml").is_file() and rundir.read_json(run_dir / "job.json")["job"] == follow.UNKNOWN
+    commands(
+        squeue=f"""case "$*" in *%F*) echo '9|{run_dir}/job.sbatch';; *) echo '9|9|PENDING|1:00||Priority';; esac"""
+    )
+    with pytest.raises(UserError, match="its job 9 is pending"):
+        submit.refuse_active(run_dir)
+    assert rundir.read_json(run_dir / "job.json")["job"] == "9"
+    assert (folder / "sbatch.said").read_text().count("job.sbatch") == 2
+
+
+def test_a_submission_that_is_refused(commands, plain, tmp_path):
+    """Nothing is left, the job that prepares does not wait for nobody, and an older job's number stays."""
+    prepares = 'case "$*" in *prepare.sbatch) echo 6;; *) echo "sbatch: error: no" >&2; exit 1;; esac'
+    folder = commands(sbatch=prepares, scancel="")
+    (tmp_path / "run").mkdir()
+    rundir.write_json(tmp_path / "run" / "job.json", {"job": "5", "prepare": None, "submitted": 1.0})
+    with pytest.raises(UserError, match="sbatch refused the job: error: no"):
+        submit.queue(tmp_path / "run", CLUSTER, prepare=True)
+    assert (folder / "scancel.said").read_text() == "6\n"
+    assert rundir.read_json(tmp_path / "run" / "job.json")["job"] == "5"
+    with pytest.raises(UserError, match="refused"):
+        freezes(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_while_a_job_is_submitted(commands, plain, tmp_path):
+    """It waits for the answer, then takes the job out of the queue; nothing is left."""
+    folder = commands(sbatch=f"kill -INT {os.getpid()}; echo 7", scancel="")
+    with pytest.raises(KeyboardInterrupt):
+        freezes(tmp_path / "run")
+    assert (folder / "scancel.said").read_text() == "7\n" and not (tmp_path / "run").exists()
+
+
+def test_an_array_that_was_taken_without_an_answer(commands, tmp_path):
+    """Its tasks find their members, and the sweep its job."""
+    commands(sbatch=AWAY, squeue=AWAY)
+    (tmp_path / "01").mkdir()
+    with pytest.raises(slurm.Away):
+        array._submitted(tmp_path, CLUSTER, "member", 1, ["01"])
+    commands(squeue=f"echo '9|{tmp_path}/arrays/0.sbatch'")
+    assert [told["job"] for told in array._arrays(tmp_path)] == ["9"]
+    assert rundir.read_json(tmp_path / "01" / "job.json")["job"] == "9_0"
+    commands(sbatch="echo 'sbatch: error: no' >&2; exit 1")
+    with pytest.raises(UserError, match="refused"):
+        array._submitted(tmp_path, CLUSTER, "member", 1, ["01"])
+    assert [file.name for file in (tmp_path / "arrays").glob("*.json")] == ["0.json"]
