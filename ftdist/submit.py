@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +31,12 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
             rundir.write_json(run_dir / job.ASKED, config)
         else:
             job.freeze(config, run_dir)
-        lease.release(run_dir, token)  # it is the job's now
-        try:
-            queue(run_dir, cluster, prepare=cluster["prepare"] == "job")
-        except slurm.Away as away:  # what may be a job's by now stays
-            unknown = away
+        with alone(run_dir):
+            lease.release(run_dir, token)  # it is the job's now
+            try:
+                queue(run_dir, cluster, prepare=cluster["prepare"] == "job")
+            except slurm.Away as away:  # what may be a job's by now stays
+                unknown = away
     if unknown is not None:
         raise unknown
     return followed(run_dir, cluster)
@@ -39,10 +44,17 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
 
 def again(run_dir: Path, config: dict[str, Any]) -> int:
     """A new job for a run that was stopped or killed."""
-    refuse_active(run_dir)
+    with alone(run_dir):
+        refuse_active(run_dir)
+        queued = _again(run_dir, config)
+    return followed(run_dir, config["cluster"]) if queued else OK
+
+
+def _again(run_dir: Path, config: dict[str, Any]) -> bool:
+    """Whether there is a new job: there may be nothing to train, or nothing but a question."""
     cluster = slurm.filled(config["cluster"], [{"asks": {}, **rundir.read_json(run_dir / "plan.json")}])
     if asked(cluster, run_dir):
-        return OK
+        return False
     with lease.held(run_dir):
         done = (run_dir / "final").is_dir() and (
             not config["eval"]["samples"] or (run_dir / "eval" / "metrics.json").is_file()
@@ -52,9 +64,23 @@ def again(run_dir: Path, config: dict[str, Any]) -> int:
             rundir.forget_last_start(run_dir)
     if done:
         print("nothing to train: the run is finished", flush=True)
-        return OK
+        return False
     queue(run_dir, cluster, prepare=False)
-    return followed(run_dir, cluster)
+    return True
+
+
+@contextlib.contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """While open nobody else submits this run: the lease is the job's, which may begin before `sbatch` has ended."""
+    with (run_dir / ".submit.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as failure:
+            if failure.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise UserError(f"run_dir={run_dir}: another ftdist submits it now; ftdist status {run_dir} tells what "
+                            "became of it")  # fmt: skip
+        yield
 
 
 def asked(cluster: dict[str, Any], run_dir: Path) -> bool:

@@ -741,3 +741,26 @@ def test_an_array_that_was_taken_without_an_answer(commands, tmp_path):
     with pytest.raises(UserError, match="refused"):
         array._submitted(tmp_path, CLUSTER, "member", 1, ["01"])
     assert [file.name for file in (tmp_path / "arrays").glob("*.json")] == ["0.json"]
+
+
+def test_two_that_submit_a_run_at_once(commands, tmp_path, monkeypatch):
+    """One job; while sbatch is asked, the lease is free for the job."""
+    commands(squeue="", sbatch="echo 7")
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(submit.resume, "changed", lambda *_, **__: None)
+    monkeypatch.setattr(submit, "followed", lambda *_: 0)
+    config = {"cluster": CLUSTER | {"check": False}, "eval": {"samples": 0}}
+    submitted, refused = slurm.submit, []
+
+    def meanwhile(script, *words):
+        with lease.held(tmp_path):
+            pass
+        with pytest.raises(UserError, match="another ftdist submits it now"):
+            refused.append(submit.again(tmp_path, config))
+        return submitted(script, *words)
+
+    monkeypatch.setattr(slurm, "submit", meanwhile)
+    assert submit.again(tmp_path, config) == 0 and not refused
+    commands(squeue="echo '7|7|RUNNING|1:00|node1|None'")
+    with pytest.raises(UserError, match="its job 7 is running"):
+        submit.again(tmp_path, config)
