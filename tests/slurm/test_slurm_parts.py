@@ -19,6 +19,7 @@ from nodes import IPV6_ALONE, SCRIPT, until
 
 from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops, submit
 from ftdist import job as job_module
+from ftdist import node as node_module
 from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.job import conclude
@@ -764,3 +765,45 @@ def test_two_that_submit_a_run_at_once(commands, tmp_path, monkeypatch):
     commands(squeue="echo '7|7|RUNNING|1:00|node1|None'")
     with pytest.raises(UserError, match="its job 7 is running"):
         submit.again(tmp_path, config)
+
+
+# --- one process -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "nodes"), [(1, 1), (2, 1), (1, 2)])
+def test_what_a_rank_is_told(count, nodes, tmp_path, monkeypatch):
+    """One process sees one GPU, or transformers would spread it over all; several find each other."""
+    told = []
+    monkeypatch.setattr(node_module.subprocess, "Popen", lambda *_, env, **__: told.append(env))
+    monkeypatch.setattr(node_module, "wait", lambda *_: 0)
+    monkeypatch.setattr(node_module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launcher, "devices", lambda: (2, "GPU"))
+    given = {
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_NODES": str(nodes),
+        "CUDA_VISIBLE_DEVICES": "2,3",
+        "FTDIST_GRACE": "1",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    for deepspeed in (False, True):
+        told.clear()
+        (tmp_path / "deepspeed.json").touch() if deepspeed else None
+        assert node_module.main([str(tmp_path), "head", "20000", str(count), "ftdist.worker"]) == 0
+        assert [one["CUDA_VISIBLE_DEVICES"] for one in told] == ["2" if count * nodes == 1 else "2,3"] * count
+        alone = count * nodes == 1 and not deepspeed
+        world = {one.get("WORLD_SIZE") for one in told}
+        assert world == ({None} if alone else {str(count * nodes)})
+
+
+def test_a_network_of_one_process(in_a_job, monkeypatch, capsys):
+    """There is none to be checked."""
+    started = []
+    in_a_job.cluster["network_check"] = 5
+    rundir.write_json(in_a_job.run_dir / "outcome.json", {"status": 0})
+    monkeypatch.setattr(in_a_job, "follow", lambda command, **_: started.append(command[-1]) or 0)
+    in_a_job.attempt()
+    assert started == ["ftdist.worker"] and "left out" in capsys.readouterr().out
+    in_a_job.cluster["processes"] = 2
+    in_a_job.attempt()
+    assert started[1:] == ["ftdist.preflight", "ftdist.worker"]
