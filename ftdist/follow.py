@@ -65,9 +65,20 @@ def _found(run_dir: Path, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def status(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """`run state detail step steps seconds_left job` of each."""
-    jobs = jobs_of(runs)
+    """`run state detail step steps seconds_left job` of each; while SLURM is away, what files tell."""
+    try:
+        jobs = jobs_of(runs)
+    except slurm.Away as away:
+        print(f"{away} What follows is what files tell", file=sys.stderr, flush=True)
+        return [_by_files(state(run_dir, {})) for run_dir in runs]
     return [state(run_dir, jobs[run_dir]) for run_dir in runs]
+
+
+def _by_files(one: dict[str, Any]) -> dict[str, Any]:
+    """A state that SLURM was not asked about: a run without a sign of life may wait in the queue."""
+    if one["job"] and one["state"] in ("killed", "stopped"):
+        return {**one, "state": "unknown", "detail": "SLURM does not answer; no process has the run"}
+    return one
 
 
 def state(run_dir: Path, jobs: dict[str, slurm.Job]) -> dict[str, Any]:
@@ -179,7 +190,13 @@ def table(states: Sequence[dict[str, Any]]) -> str:
 
 def stop(run_dir: Path) -> str:
     """Ask a run to save and stop, or take its job out of the queue; what was done. UserError: it is not active."""
-    jobs = jobs_of([run_dir])[run_dir]
+    try:
+        jobs = jobs_of([run_dir])[run_dir]
+    except slurm.Away as away:
+        stops.request(run_dir, STOP)
+        if lease.living(run_dir) is None:
+            raise slurm.Away(f"{away} A job that runs saves and ends; one that waits has to be stopped again")
+        return f"asked to stop; it saves at the end of its step and goes on with `ftdist resume` ({away})"
     now = state(run_dir, jobs)
     waiting = [job for job in jobs.values() if job.active]
     if waiting and not any(_begun(run_dir, job) for job in waiting):

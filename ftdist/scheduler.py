@@ -438,10 +438,11 @@ def jobs(ids: Sequence[str]) -> dict[str, Job]:
         found |= {key: job for key in (name, own) if key in ids}
     lost = [name for name in ids if name not in found]
     if lost and shutil.which("sacct"):
-        done = command("sacct", "-X", "-n", "-P", f"--jobs={','.join(lost)}", "--format=JobID,State,NodeList")
-        for line in done.stdout.splitlines() if done.returncode == 0 else ():
-            name, state, nodes = line.split("|")
-            found[name] = Job(name, state.split()[0], "", None, nodes)  # "CANCELLED by 1000"
+        with contextlib.suppress(Away):  # the database of the accounting is away, not the controller
+            done = command("sacct", "-X", "-n", "-P", f"--jobs={','.join(lost)}", "--format=JobID,State,NodeList")
+            for line in done.stdout.splitlines() if done.returncode == 0 else ():
+                name, state, nodes = line.split("|")
+                found[name] = Job(name, state.split()[0], "", None, nodes)  # "CANCELLED by 1000"
     return found
 
 

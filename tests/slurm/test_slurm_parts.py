@@ -807,3 +807,37 @@ def test_a_network_of_one_process(in_a_job, monkeypatch, capsys):
     in_a_job.cluster["processes"] = 2
     in_a_job.attempt()
     assert started[1:] == ["ftdist.preflight", "ftdist.worker"]
+
+
+# --- what is known while SLURM, or a part of it, is away ----------------------------------------------
+
+
+@pytest.fixture
+def submitted(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    rundir.write_json(tmp_path / "job.json", {"job": "7", "prepare": None, "submitted": time.time()})
+    return tmp_path
+
+
+def test_an_accounting_that_is_away(commands, submitted):
+    """It knows of ended jobs, and of nothing that is queued now."""
+    commands(squeue="", sacct="echo 'sacct: error: connect to here:6819: Connection refused' >&2; exit 1")
+    assert follow.status([submitted])[0]["state"] == "killed"
+    commands(squeue=AWAY)
+    with pytest.raises(slurm.Away):
+        follow.jobs_of([submitted])
+
+
+def test_a_run_while_the_controller_is_away(commands, submitted, capsys):
+    """Files tell whether it runs, and ask it to stop; of one that may wait nothing is claimed."""
+    commands(squeue=AWAY)
+    assert follow.status([submitted])[0]["state"] == "unknown"
+    assert "connect failure" in capsys.readouterr().err
+    with pytest.raises(slurm.Away, match="one that waits has to be stopped again"):
+        follow.stop(submitted)
+    with lease.held(submitted):
+        (submitted / stops.RUNNING).touch()
+        assert follow.status([submitted])[0]["state"] == "running"
+        assert follow.stop(submitted).startswith("asked to stop") and stops.requested(submitted) == follow.STOP
+    rundir.write_json(submitted / "outcome.json", {"outcome": "failed", "reason": "a bug", "status": 1})
+    assert follow.status([submitted])[0]["state"] == "failed"
