@@ -134,7 +134,8 @@ def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> t
     if bad is not None:
         return ("cancelled" if bad.state == "CANCELLED" else "failed"), f"{bad.state} {bad.reason}".strip()
     if any((run_dir / "logs").glob("rank-*.error.json")):
-        return "failed", launcher.first_error(run_dir)["message"]
+        holder = lease.read(run_dir) if known.get("job") else None
+        return "failed", launcher.first_error(run_dir, holder.token if holder else None)["message"]
     return "killed", "left no word; ftdist resume goes on"
 
 

@@ -841,3 +841,22 @@ def test_a_run_while_the_controller_is_away(commands, submitted, capsys):
         assert follow.stop(submitted).startswith("asked to stop") and stops.requested(submitted) == follow.STOP
     rundir.write_json(submitted / "outcome.json", {"outcome": "failed", "reason": "a bug", "status": 1})
     assert follow.status([submitted])[0]["state"] == "failed"
+
+
+def test_the_log_of_an_earlier_launcher(in_a_job):
+    """A run that has begun on one machine, where a rank was killed, and fails in SLURM: what fails now is said."""
+    logs = in_a_job.run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    (logs / "launcher.log").write_text("the rank died with <Signals.SIGKILL: 9>\n")
+    says(in_a_job, "a bug")
+    rundir.write_json(in_a_job.run_dir / "job.json", {"job": "7", "prepare": None, "submitted": time.time()})
+    with pytest.raises(Failed, match="a bug"):
+        launcher.judge(in_a_job.run_dir, 1, in_a_job.token)
+    with pytest.raises(Failed, match="killed by signal 9"):
+        launcher.judge(in_a_job.run_dir, 1)
+    lease.release(in_a_job.run_dir, in_a_job.token)
+    (in_a_job.run_dir / "config.yaml").touch()
+    assert words(in_a_job.run_dir, {}) == ("failed", "a bug")
+    (logs / "rank-0.error.json").unlink()
+    with pytest.raises(Failed, match=r"without a word .*\(log: .*/logs\)"):
+        launcher.judge(in_a_job.run_dir, 1, in_a_job.token)
