@@ -528,15 +528,37 @@ def partition_gpus(partition: str | None, constraint: str | None = None) -> dict
     for _, features, gres in rows:
         if constraint is not None and not _meets(set(features.split(",")), constraint):
             continue
-        here: dict[str, int] = {}
-        for part in re.sub(r"\([^)]*\)", "", gres).split(","):
-            name, *words = part.strip().split(":")
-            count = int(words.pop()) if words and words[-1].isdigit() else 1
-            if name == "gpu":
-                here[":".join(words)] = here.get(":".join(words), 0) + count
-        for known_kind, number in here.items():
-            least[known_kind] = min(number, least.get(known_kind, number))
+        for kind, number in _gpus(gres).items():
+            least[kind] = min(number, least.get(kind, number))
     return least
+
+
+def _gpus(gres: str) -> dict[str, int]:
+    """`gpu:a100:4(S:0-1),shard:8` → kind and number of GPUs."""
+    here: dict[str, int] = {}
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *words = part.strip().split(":")
+        count = int(words.pop()) if words and words[-1].isdigit() else 1
+        if name == "gpu":
+            here[":".join(words)] = here.get(":".join(words), 0) + count
+    return here
+
+
+def around(job: str, node: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Keys of `cluster` that ask for a job as sbatch was asked for the one around us, as far as SLURM tells."""
+    told = show(job)
+    names = {"partition": "Partition", "account": "Account", "qos": "QOS", "constraint": "Features",
+             "reservation": "Reservation", "time": "TimeLimit"}  # fmt: skip
+    found: dict[str, Any] = {key: told[name] for key, name in names.items() if told.get(name, "(null)") != "(null)"}
+    if not re.fullmatch(TIME, found.get("time", "")):  # no limit
+        found.pop("time", None)
+    if memory := environment.get("SLURM_MEM_PER_NODE"):
+        found["memory"] = f"{memory}M"
+    if cpus := environment.get("SLURM_CPUS_PER_TASK"):
+        found["cpus"] = int(cpus)
+    gres = re.search(r"\bGres=(\S+)", command("scontrol", "show", "node", "--oneliner", node).stdout)
+    kinds = _gpus(gres[1]) if gres else {}
+    return {**found, "gpu_type": next(iter(kinds)) or None if len(kinds) == 1 else None}
 
 
 def _meets(features: set[str], constraint: str) -> bool:

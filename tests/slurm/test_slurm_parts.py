@@ -860,3 +860,40 @@ def test_the_log_of_an_earlier_launcher(in_a_job):
     (logs / "rank-0.error.json").unlink()
     with pytest.raises(Failed, match=r"without a word .*\(log: .*/logs\)"):
         launcher.judge(in_a_job.run_dir, 1, in_a_job.token)
+
+
+# --- slurm/train.sbatch ----------------------------------------------------------------------------
+
+GIVEN = "JobId=7 JobState=RUNNING Partition=gpu Account=me QOS=(null) TimeLimit={} Features=(null) Reservation=mon"
+
+
+@pytest.mark.parametrize(
+    ("gres", "limit", "asked"),
+    [
+        ("gpu:h100:8(S:0-1)", "1-00:00:00", {"gpu_type": "h100", "time": "1-00:00:00"}),
+        ("gpu:8", "UNLIMITED", {"gpu_type": None, "time": None}),
+    ],
+)
+def test_a_job_of_train_sbatch_is_asked_for_again(gres, limit, asked, commands, tmp_path, monkeypatch):
+    """With what sbatch was told; GPUs are called what SLURM calls them, and planned as what they are."""
+    commands(
+        scontrol=f'case "$*" in *node*) echo "NodeName=node1 Gres={gres}";; *) echo "{GIVEN.format(limit)}";; esac'
+    )
+    given = {"JOB_ID": "7", "JOB_NUM_NODES": "1", "GPUS_ON_NODE": "2", "MEM_PER_NODE": "4096", "CPUS_PER_TASK": "8"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    monkeypatch.setattr(launcher, "gpu_facts", lambda: ("NVIDIA H100 80GB HBM3", 80 << 30, 9.0))
+    monkeypatch.setattr(job_module, "decide", lambda config: None)
+    monkeypatch.setattr(job_module, "plan", lambda config: {})
+    monkeypatch.setattr(forecast, "refuse_what_cannot_fit", lambda *_: None)
+    monkeypatch.setattr(
+        job_module, "freeze", lambda config, run_dir: rundir.write_yaml(run_dir / "config.yaml", config)
+    )
+    batch.from_words([f"run_dir={tmp_path}/run", "model.path=model", "data.path=chat.jsonl", "strategy=full"])
+    config = rundir.read_config(tmp_path / "run")
+    same = {"partition": "gpu", "account": "me", "qos": None, "reservation": "mon", "memory": "4096M", "cpus": 8}
+    assert {key: config["cluster"][key] for key in asked | same} == asked | same
+    assert config["hardware"]["name"] == "h100"
+    device = "h100:2" if asked["gpu_type"] else "2"
+    assert f"#SBATCH --gpus-per-node={device}\n" in submit.text(tmp_path / "run", config["cluster"])
