@@ -29,8 +29,9 @@ ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUE
           "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")  # fmt: skip
 TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, M:SS
 # Options that keys of `cluster` stand for, and the log that `ftdist logs` reads.
-OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "mem", "time", "signal",
-       "array", "partition", "requeue", "no-requeue", "output", "error", "open-mode")  # fmt: skip
+OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gpus-per-task", "gres", "cpus-per-task",
+       "cpus-per-gpu", "mem", "mem-per-cpu", "mem-per-gpu", "time", "signal", "array", "partition", "requeue",
+       "no-requeue", "output", "error", "open-mode", "wait", "test-only")  # fmt: skip
 SLICE = re.compile(r"(?<![0-9])(\d)g\.(\d+)gb", re.I)  # of a GPU (MIG), in SLURM's names: 1g.10gb, a100_3g.20gb
 # Keys of `cluster` that have other names than the options which they stand for.
 KEYS = {"mem": "memory", "cpus-per-task": "cpus", "gres": "gpu_type", "gpus-per-node": "gpu_type"}
@@ -188,9 +189,15 @@ def longest(partition: str | None) -> float | None:
 
 
 def refuse_own(sbatch: Mapping[str, Any]) -> None:
-    """UserError for an option of the user's that would change what the plan, or `ftdist logs`, knows."""
+    """UserError for an option of the user's that would change what the plan, or `ftdist logs`, knows.
+
+    sbatch takes the beginning of a name for the name.
+    """
     for key, value in sbatch.items():
-        if key.replace("_", "-") in OWN:
+        if "clusters".startswith(key):
+            raise UserError(f"cluster.sbatch.{key}={value}: SLURM's other commands would not know of it; set "
+                            f"SLURM_CLUSTERS={value} in the environment, which all of them read")  # fmt: skip
+        if any(option.startswith(key.replace("_", "-")) for option in OWN):
             raise UserError(f"cluster.sbatch.{key}={value}: the plan would not know of it; use the key of `cluster` "
                             "that is for it")  # fmt: skip
 

@@ -151,11 +151,17 @@ def test_words_for_what_a_run_does(tmp_path):
     assert words(tmp_path, job("FAILED"))[0] == "stopped"  # trained, and its evaluation was not
 
 
-@pytest.mark.parametrize("key", ["nodes", "gpus_per_node", "time", "output", "array"])
+KNOWN = ["nodes", "gpus_per_node", "time", "output", "array", "wait", "test-only", "gpus_per_task", "mem_per_cpu",
+         "mem-per-gpu", "cpus_per_gpu", "part"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KNOWN)
 def test_options_that_the_plan_would_not_know_of(key):
     with pytest.raises(UserError, match=rf"cluster\.sbatch\.{key}=2: .*use the key of `cluster`"):
         slurm.refuse_own({"nice": 100, key: 2})
-    slurm.refuse_own({"nice": 100})
+    with pytest.raises(UserError, match="SLURM_CLUSTERS=other"):
+        slurm.refuse_own({"clusters": "other"})
+    slurm.refuse_own({"nice": 100, "exclude": "node9", "gres_flags": "enforce-binding", "time_min": "1:00"})
 
 
 # --- a job's own process ---------------------------------------------------------------------------
