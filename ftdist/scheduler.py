@@ -35,6 +35,7 @@ OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gpus-per-
 SLICE = re.compile(r"(?<![0-9])(\d)g\.(\d+)gb", re.I)  # of a GPU (MIG), in SLURM's names: 1g.10gb, a100_3g.20gb
 # Keys of `cluster` that have other names than the options which they stand for.
 KEYS = {"mem": "memory", "cpus-per-task": "cpus", "gres": "gpu_type", "gpus-per-node": "gpu_type"}
+SECRET = r"(?i)(key|token|secret|password|passwd)$"  # names of variables that no file should hold
 PATIENCE = 60  # seconds that a command of SLURM may take
 AWAY = r"(?i)unable to contact|unexpected message|timed out|connection (refused|reset|failure)|zero bytes"
 # A batch script keeps signals that come before the batch process listens: it asks for them (URG) as soon as it does.
@@ -299,6 +300,9 @@ def setup(*, modules: list[str], environment: dict[str, str | int | float], setu
     for name in environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise UserError(f"cluster.environment.{name}: no name of an environment variable")
+        if re.search(SECRET, name):
+            raise UserError(f"cluster.environment.{name}: would stand in job.sbatch and config.yaml for all to read; "
+                            f"export {name} where you submit, SLURM passes it on")  # fmt: skip
     load = ["type module >/dev/null 2>&1 || { . /etc/profile || true; }"] if modules else []
     load += [f"module load {shlex.quote(_one_line('cluster.modules', name))}" for name in modules]
     exports = [

@@ -617,6 +617,11 @@ def test_what_comes_before_the_program(tmp_path):
     text = slurm.script({}, ["module() { printf '<%s>' \"$@\"; }", *before], ["sh", "-c", 'printf %s "$ODD"'])
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
     assert done.stdout == f"<load><cuda/12 x><load><gcc>set 2\n{odd}" and done.returncode == 0, done
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET", "db_password"):
+        with pytest.raises(UserError, match=rf"cluster\.environment\.{name}: .*export {name}") as refused:
+            script(environment={name: "s3cret"})
+        assert "s3cret" not in str(refused.value)
+    assert "export TOKENIZERS_PARALLELISM=true" in script(environment={"TOKENIZERS_PARALLELISM": "true"})
     for name, value in (("modules", ["a\nb"]), ("environment", {"A": "a\nb"}), ("setup", ["a\nb"])):
         with pytest.raises(UserError, match=rf"cluster\.{name}.*line breaks"):
             script(**{name: value})
