@@ -700,7 +700,7 @@ def plain(monkeypatch):
 def test_a_job_that_was_taken_without_an_answer(commands, plain, tmp_path):
     """Its files stay, and its number is found: at once, or as soon as the controller answers."""
     run_dir = tmp_path / "run"
-    folder = commands(sbatch=AWAY, squeue=f"echo '7|{run_dir}/job.sbatch'; echo '8|/els\\351where'")
+    folder = commands(sbatch=AWAY, squeue=f"printf '8|/els\\351where\\n7|{run_dir}/job.sbatch\\n'")
     assert freezes(run_dir) == 0
     assert rundir.read_json(run_dir / "job.json")["job"] == "7"
     run_dir = tmp_path / "later"
