@@ -145,7 +145,7 @@ def options(
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
 
 
-def wanted(host_bytes: int, seconds: float | None, longest: float | None) -> dict[str, str]:
+def wanted(host_bytes: int, seconds: float | None, longest: int | None) -> dict[str, str]:
     """`memory` and `time` of a job, from a plan's need of a node and its duration, with room for the plan's error.
 
     longest: seconds that the partition allows; a job that needs more goes back into the queue and goes on.
@@ -161,7 +161,10 @@ def wanted(host_bytes: int, seconds: float | None, longest: float | None) -> dic
 def filled(cluster: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`cluster` with the memory and the time that the plans want where it says nothing: the most of any."""
     made = dict(cluster)
-    sizes: dict[str, Callable[[str], float]] = {"memory": lambda text: memory_bytes(text) or 0, "time": duration}
+    sizes: dict[str, Callable[[str], int]] = {
+        "memory": lambda text: memory_bytes(text) or 0,
+        "time": lambda text: seconds(text) or 0,
+    }
     for key, size in sizes.items():
         asked = [plan["asks"].get(key) for plan in plans]
         if made[key] is None and all(asked):
@@ -169,24 +172,16 @@ def filled(cluster: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> di
     return made
 
 
-def duration(text: str) -> float:
-    """Seconds of a time as SLURM writes it: D-HH:MM:SS, H:MM:SS, M:SS; inf for its words for no limit."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if not match:
-        return math.inf
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
-
-
-def longest(partition: str | None) -> float | None:
-    """Seconds that a job may take in a partition, or the default one; None where nobody knows."""
-    if shutil.which("sinfo") is None:
+def longest(partition: str | None) -> int | None:
+    """Seconds that a job may take in a partition, or the default one; None without a limit, or where nobody tells."""
+    words = ("--noheader", "--format=%P|%l", *((f"--partition={partition}",) if partition else ()))
+    try:
+        rows = [line.strip().split("|") for line in command("sinfo", *words).stdout.splitlines() if "|" in line]
+    except UserError:
         return None
-    done = command("sinfo", "--noheader", "--format=%P|%l", *((f"--partition={partition}",) if partition else ()))
-    rows = [line.strip().split("|") for line in done.stdout.splitlines() if "|" in line]
-    if partition is None:
-        rows = [row for row in rows if row[0].endswith("*")]
-    return max((duration(limit) for _, limit in rows), default=None) if done.returncode == 0 else None
+    limits = [seconds(limit) for name, limit in rows if partition or name.endswith("*")]
+    known = [limit for limit in limits if limit is not None]
+    return max(known) if known and len(known) == len(limits) else None
 
 
 def refuse_own(sbatch: Mapping[str, Any]) -> None:

@@ -52,8 +52,7 @@ def again(run_dir: Path, config: dict[str, Any]) -> int:
 
 def _again(run_dir: Path, config: dict[str, Any]) -> bool:
     """Whether there is a new job: there may be nothing to train, or nothing but a question."""
-    cluster = slurm.filled(config["cluster"], [{"asks": {}, **rundir.read_json(run_dir / "plan.json")}])
-    if asked(cluster, run_dir):
+    if asked(_filled(run_dir, config["cluster"]), run_dir):
         return False
     with lease.held(run_dir):
         done = (run_dir / "final").is_dir() and (
@@ -65,8 +64,13 @@ def _again(run_dir: Path, config: dict[str, Any]) -> bool:
     if done:
         print("nothing to train: the run is finished", flush=True)
         return False
-    queue(run_dir, cluster, prepare=False)
+    queue(run_dir, _filled(run_dir, config["cluster"]), prepare=False)
     return True
+
+
+def _filled(run_dir: Path, cluster: dict[str, Any]) -> dict[str, Any]:
+    """What SLURM is asked for, from the frozen plan; one for another kind of cluster has nothing to say."""
+    return slurm.filled(cluster, [{"asks": {}, **rundir.read_json(run_dir / "plan.json")}])
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from ftdist.errors import Failed, UserError
 from ftdist.job import conclude
 from ftdist.plan import hardware
 from ftdist.sweep import array
+from ftdist.sweep import start as sweep
 
 REPOSITORY = Path(__file__).parents[2]
 VALUES = {"name": "auto", "match": None, "memory": None, "capability": None, "price_per_hour": 2.0}
@@ -908,3 +909,83 @@ def test_a_job_of_train_sbatch_is_asked_for_again(gres, limit, asked, commands, 
     assert config["hardware"]["name"] == "h100"
     device = "h100:2" if asked["gpu_type"] else "2"
     assert f"#SBATCH --gpus-per-node={device}\n" in submit.text(tmp_path / "run", config["cluster"])
+
+
+# --- memory and time from the plan -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "seconds", "longest", "asks"),
+    [
+        (10, 3600.0, None, {"memory": "15G", "time": "2:00:00"}),  # 1.25 · 10 + 2; 1.5 h and half an hour
+        (0, 1.0, 86400, {"memory": "2G", "time": "0:45:00"}),  # whole GiB and quarters of an hour, upwards
+        (10, 3600.0, 5400, {"memory": "15G", "time": "1:30:00"}),
+        (100, 360000.0, None, {"memory": "127G", "time": "150:30:00"}),
+        (1.7, None, 5400, {"memory": "5G"}),
+    ],
+)
+def test_what_a_plan_wants_of_slurm(gibibytes, seconds, longest, asks):
+    assert slurm.wanted(int(gibibytes * 2**30), seconds, longest) == asks
+    job_module.check_cluster(CLUSTER | asks)
+    assert all(f"={value}\n" in script(**asks) for value in asks.values())
+
+
+@pytest.mark.parametrize(
+    ("partition", "rows", "seconds"),
+    [
+        (None, "gpu*|12:00:00\ncpu|2-00:00:00\n", 43200),
+        ("gpu,cpu", "gpu*|12:00:00\ncpu|2-00:00:00\n", 172800),
+        ("gpu", "gpu*|infinite\n", None),
+        ("gpu,cpu", "gpu*|12:00:00\ncpu|infinite\n", None),
+        ("gone", "", None),
+    ],
+)
+def test_the_longest_time_of_a_partition(partition, rows, seconds, sinfo):
+    sinfo(rows)
+    assert slurm.longest(partition) == seconds
+
+
+def test_the_longest_time_that_nobody_tells(commands, tmp_path, monkeypatch):
+    folder = commands(sinfo=AWAY)
+    assert slurm.longest("gpu") is None
+    monkeypatch.setenv("PATH", str(folder))
+    (folder / "sinfo").unlink()
+    assert slurm.longest("gpu") is None
+
+
+def test_the_most_that_plans_want():
+    """Of all of an array's members; what a user says stays, and so does what is left to the site."""
+    plans = [{"asks": {"memory": "9G", "time": "10:00:00"}}, {"asks": {"memory": "10G", "time": "9:45:00"}}]
+    none = {"memory": None, "time": None}
+    assert slurm.filled(none, plans) == {"memory": "10G", "time": "10:00:00"}
+    assert slurm.filled(none | {"time": "1:00:00"}, plans) == {"memory": "10G", "time": "1:00:00"}
+    assert slurm.filled({"memory": "0", "time": slurm.SITE}, plans) == {"memory": "0", "time": "site"}
+    assert slurm.filled(none, [*plans, {"asks": {"memory": "1G"}}]) == {"memory": "10G", "time": None}
+    assert slurm.filled(none, [{"asks": {}}]) == none
+    assert "--mem=10G\n" in script(**slurm.filled(none, plans)) and "--time=10:00:00\n" in script(
+        **slurm.filled(none, plans)
+    )
+    left = script(memory=slurm.SITE, time=slurm.SITE)
+    assert "--mem" not in left and "--time" not in left
+
+
+def test_a_search_s_worker_has_no_time_of_a_plan():
+    """It runs as many trials as it comes to."""
+    configs = [{"cluster": {"memory": None, "time": None}} for _ in range(2)]
+    sweep._fill(configs, [{"asks": {"memory": "9G", "time": "1:00:00"}}], searching=True)
+    assert configs[1]["cluster"] == {"memory": "9G", "time": None}
+    sweep._fill(configs, [{"asks": {"memory": "8G", "time": "1:00:00"}}], searching=False)
+    assert configs[0]["cluster"] == {"memory": "9G", "time": "1:00:00"}
+
+
+def test_a_resume_asks_for_what_its_own_plan_wants(commands, submitted, monkeypatch):
+    """One with another engine, or of a run of this machine, whose plan wanted nothing of SLURM."""
+    folder = commands(squeue="", sbatch="grep -e --mem -e --time $2 >> $0.script; echo 7")
+    monkeypatch.setattr(submit, "followed", lambda *_: 0)
+    plan = {"asks": {"memory": "20G", "time": "3:00:00"}}
+    monkeypatch.setattr(
+        submit.resume, "changed", lambda run_dir, *_, **__: rundir.write_json(run_dir / "plan.json", plan)
+    )
+    rundir.write_json(submitted / "plan.json", {"total_steps": 3})
+    submit.again(submitted, {"cluster": CLUSTER | {"check": False, "time": "site"}, "eval": {"samples": 0}})
+    assert (folder / "sbatch.script").read_text() == "#SBATCH --mem=20G\n"
