@@ -241,7 +241,9 @@ class Job:
         head, port = self.preflight()
         address = slurm.patiently(lambda: slurm.address(head), self.time_left())
         ranks = (self.run_dir, address, port, self.cluster["processes"])
-        if self.cluster["network_check"]:
+        if self.cluster["network_check"] and len(self.nodes) * self.cluster["processes"] == 1:
+            print("network check: left out, one process has no network", flush=True)
+        elif self.cluster["network_check"]:
             os.environ["FTDIST_NETWORK_CHECK"] = str(self.cluster["network_check"])
             status = self.follow(self.task("ftdist.node", *ranks, "ftdist.preflight"))
             launcher.judge(self.run_dir, status, self.token)
@@ -488,7 +490,20 @@ def from_words(words: list[str]) -> Path:
             job.freeze(config, run_dir)
             lease.release(run_dir, token)
     rundir.write_json(run_dir / follow.JOB, {"job": number, "prepare": None, "submitted": time.time()})
+    _as_submitted(run_dir, number, gpus)
     return run_dir
+
+
+def _as_submitted(run_dir: Path, number: str, gpus: int) -> None:
+    """Freeze what `ftdist resume` asks sbatch for: what this job was given, in SLURM's words, not the driver's."""
+    from ftdist.plan.hardware import elsewhere
+
+    config = rundir.read_config(run_dir)
+    if gpus and config["hardware"]["name"] == "auto":  # which SLURM may have no name for
+        config["hardware"] = elsewhere(config["hardware"], config["cluster"]["gpu_type"])
+    node = os.environ["SLURMD_NODENAME"]
+    config["cluster"] |= slurm.patiently(lambda: slurm.around(number, node, os.environ), ABSENCE)
+    rundir.write_yaml(run_dir / "config.yaml", config)
 
 
 def _lines(child: subprocess.Popen[str], read: Callable[[str], None]) -> None:

@@ -323,9 +323,13 @@ def shared_directory(directory: Path) -> Iterator[Finding]:
     if not directory.is_dir():
         yield Finding("shared", WRONG, f"{directory}: no such directory", "make it, or name another with --shared DIR")
         return
-    probe = Path(tempfile.mkdtemp(prefix=".ftdist-doctor-", dir=directory)) if os.access(directory, os.W_OK) else None
-    if probe is None:
+    if not os.access(directory, os.W_OK):
         yield Finding("shared", WRONG, f"{directory} cannot be written by you", "its owner has to let you")
+        return
+    try:
+        probe = Path(tempfile.mkdtemp(prefix=".ftdist-doctor-", dir=directory))
+    except OSError as failure:
+        yield Finding("shared", WRONG, f"{directory}: {failure}", "choose another directory")
         return
     try:
         rundir.write_json(probe / "word.json", {"word": uuid.uuid4().hex})
@@ -344,18 +348,10 @@ def _seen_by_nodes(probe: Path, kind: str) -> Iterator[Finding]:
     directory = probe.parent
     if nodes > 1:
         script = f"cat {shlex.quote(str(probe / 'word.json'))} && touch {shlex.quote(str(probe))}/$SLURM_NODEID"
-        words = [
-            "srun",
-            f"--nodes={nodes}",
-            f"--ntasks={nodes}",
-            "--ntasks-per-node=1",
-            "--overlap",
-            "sh",
-            "-c",
-            script,
-        ]
+        words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "sh", "-c", script]
+        beside = os.environ | {"SLURM_OVERLAP": "1"}  # other steps; before 20.11 all are, and the option is unknown
         try:
-            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=ANSWER)
+            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=ANSWER, env=beside)
         except subprocess.TimeoutExpired:
             fix = "a node hangs, or the directory does on it: sinfo -R, and ls there"
             yield Finding("shared", WRONG, f"{directory}: not every node answers within {ANSWER} s", fix)
@@ -395,7 +391,7 @@ def _slurm() -> Iterator[Finding]:
         return
     version = (_answer("sbatch", "--version") or "sbatch does not answer").strip()
     ping = _answer("scontrol", "ping") or ""
-    if "UP" not in ping.upper().replace("BACKUP", ""):
+    if not re.search(r"\bis UP\b", ping, re.I):
         said = f"{version}; the controller does not answer ({' '.join(ping.split())[:120] or 'scontrol ping fails'})"
         yield Finding("slurm", WRONG, said, "ask your administrators; slurm.conf and munge have to be the cluster's")
         return

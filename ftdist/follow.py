@@ -20,6 +20,8 @@ from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, Failed, UserError
 from ftdist.tracking import duration
 
 JOB = "job.json"  # the run's job: {"job", "prepare"}
+PREPARE = "prepare.sbatch"  # in a run directory
+UNKNOWN = "unknown"  # in place of a number: the script was sent to SLURM, which has not said what job it is
 STOP = "ftdist stop"  # the reason of such a stop
 FOLDERS = ("runs/*", "sweeps/*/*")
 POLL = 0.5  # seconds between looks at files
@@ -42,18 +44,41 @@ def is_run(path: Path) -> bool:
 def jobs_of(runs: Sequence[Path]) -> dict[Path, dict[str, slurm.Job]]:
     """The jobs of each run that SLURM still knows, by number; one question for all of them."""
     numbers = {}
+    here = shutil.which("squeue") is not None  # the files tell a part of it everywhere
     for run_dir in runs:
         known = rundir.read_json(run_dir / JOB)
-        numbers[run_dir] = [str(known[key]) for key in ("job", "prepare") if known.get(key)]
-    here = shutil.which("squeue") is not None  # the files tell a part of it everywhere
+        if here and UNKNOWN in known.values():
+            known = _found(run_dir, known)
+        numbers[run_dir] = [str(known[key]) for key in ("job", "prepare") if known.get(key) not in (None, UNKNOWN)]
     jobs = slurm.jobs(sorted({number for own in numbers.values() for number in own})) if here else {}
     return {run_dir: {number: jobs[number] for number in own if number in jobs} for run_dir, own in numbers.items()}
 
 
+def _found(run_dir: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """The run's job.json with the numbers of jobs that SLURM has taken without an answer, as far as they are queued."""
+    scripts = {"job": slurm.SCRIPT, "prepare": PREPARE}
+    for key in (key for key in scripts if known[key] == UNKNOWN):
+        known[key] = slurm.job_of(run_dir / scripts[key]) or UNKNOWN
+    with contextlib.suppress(OSError):  # somebody else's run
+        rundir.write_json(run_dir / JOB, known)
+    return known
+
+
 def status(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """`run state detail step steps seconds_left job` of each."""
-    jobs = jobs_of(runs)
+    """`run state detail step steps seconds_left job` of each; while SLURM is away, what files tell."""
+    try:
+        jobs = jobs_of(runs)
+    except slurm.Away as away:
+        print(f"{away} What follows is what files tell", file=sys.stderr, flush=True)
+        return [_by_files(state(run_dir, {})) for run_dir in runs]
     return [state(run_dir, jobs[run_dir]) for run_dir in runs]
+
+
+def _by_files(one: dict[str, Any]) -> dict[str, Any]:
+    """A state that SLURM was not asked about: a run without a sign of life may wait in the queue."""
+    if one["job"] and one["state"] in ("killed", "stopped"):
+        return {**one, "state": "unknown", "detail": "SLURM does not answer; no process has the run"}
+    return one
 
 
 def state(run_dir: Path, jobs: dict[str, slurm.Job]) -> dict[str, Any]:
@@ -109,7 +134,8 @@ def _word(run_dir: Path, known: dict[str, Any], jobs: dict[str, slurm.Job]) -> t
     if bad is not None:
         return ("cancelled" if bad.state == "CANCELLED" else "failed"), f"{bad.state} {bad.reason}".strip()
     if any((run_dir / "logs").glob("rank-*.error.json")):
-        return "failed", launcher.first_error(run_dir)["message"]
+        holder = lease.read(run_dir) if known.get("job") else None
+        return "failed", launcher.first_error(run_dir, holder.token if holder else None)["message"]
     return "killed", "left no word; ftdist resume goes on"
 
 
@@ -165,7 +191,13 @@ def table(states: Sequence[dict[str, Any]]) -> str:
 
 def stop(run_dir: Path) -> str:
     """Ask a run to save and stop, or take its job out of the queue; what was done. UserError: it is not active."""
-    jobs = jobs_of([run_dir])[run_dir]
+    try:
+        jobs = jobs_of([run_dir])[run_dir]
+    except slurm.Away as away:
+        stops.request(run_dir, STOP)
+        if lease.living(run_dir) is None:
+            raise slurm.Away(f"{away} A job that runs saves and ends; one that waits has to be stopped again")
+        return f"asked to stop; it saves at the end of its step and goes on with `ftdist resume` ({away})"
     now = state(run_dir, jobs)
     waiting = [job for job in jobs.values() if job.active]
     if waiting and not any(_begun(run_dir, job) for job in waiting):

@@ -282,11 +282,14 @@ def _failure(error: dict[str, Any]) -> Exception:
 
 
 def first_error(run_dir: Path, token: int | None = None) -> dict[str, Any]:
-    """The error of the rank (under that lease) that failed first; what the launcher said if none could say anything."""
+    """The error of the rank that failed first; what the launcher said if none could say anything.
+
+    token: the ranks' lease, where srun has started them: the launcher's log is of an earlier start on one machine then.
+    """
     log = run_dir / "logs" / "launcher.log"
-    text = log.read_text(errors="replace") if log.exists() else ""
+    text = log.read_text(errors="replace") if token is None and log.exists() else ""
     # A killed rank says nothing itself, while the others complain of the connection to it.
-    if log.exists() and (killed := _killed(log)):
+    if killed := re.search(KILLED, text):
         number = killed[1] or killed[3]
         message = f"killed by signal {number}" + (" (out of memory?)" if number == "9" else "")
         return {"rank": killed[2] or 0, "message": message, "log": str(log), "status": FAILED}
@@ -298,7 +301,7 @@ def first_error(run_dir: Path, token: int | None = None) -> dict[str, Any]:
     lines = [line for line in text.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line.strip())), "")
     return {"rank": "?", "message": said or "the ranks ended without a word (killed from outside?)",
-            "log": str(log), "status": FAILED}  # fmt: skip
+            "log": str(log if token is None else log.parent), "status": FAILED}  # fmt: skip
 
 
 def end_with_parent() -> None:

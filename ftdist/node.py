@@ -39,10 +39,13 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, pass_on)
     (run_dir / "logs").mkdir(exist_ok=True)
-    alone = count * nodes == 1 and not (run_dir / "deepspeed.json").exists()
     for local in range(count):
-        rank = node * count + local
-        variables = environment(count) | ({} if alone else place(rank, local, count, nodes, node, head, port))
+        rank, variables = node * count + local, environment(count)
+        if count * nodes == 1:
+            deepspeed = (run_dir / "deepspeed.json").exists()
+            variables |= launcher.told_alone(variables, deepspeed, launcher.devices()[1] == "GPU")
+        else:
+            variables |= place(rank, local, count, nodes, node, head, port)
         ranks[rank] = subprocess.Popen(
             [sys.executable, "-m", module, str(run_dir)], env=variables, preexec_fn=launcher.end_with_parent
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,11 +29,13 @@ ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
          "OUT_OF_MEMORY", "REVOKED")  # fmt: skip
 TIME = r"\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){1,2}"  # D-HH[:MM[:SS]], H:MM:SS, M:SS
 # Options that keys of `cluster` stand for, and the log that `ftdist logs` reads.
-OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "mem", "time", "signal",
-       "array", "partition", "requeue", "no-requeue", "output", "error", "open-mode")  # fmt: skip
+OWN = ("nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gpus-per-task", "gres", "cpus-per-task",
+       "cpus-per-gpu", "mem", "mem-per-cpu", "mem-per-gpu", "time", "signal", "array", "partition", "requeue",
+       "no-requeue", "output", "error", "open-mode", "wait", "test-only")  # fmt: skip
 SLICE = re.compile(r"(?<![0-9])(\d)g\.(\d+)gb", re.I)  # of a GPU (MIG), in SLURM's names: 1g.10gb, a100_3g.20gb
 # Keys of `cluster` that have other names than the options which they stand for.
 KEYS = {"mem": "memory", "cpus-per-task": "cpus", "gres": "gpu_type", "gpus-per-node": "gpu_type"}
+SECRET = r"(?i)(key|token|secret|password|passwd)$"  # names of variables that no file should hold
 PATIENCE = 60  # seconds that a command of SLURM may take
 AWAY = r"(?i)unable to contact|unexpected message|timed out|connection (refused|reset|failure)|zero bytes"
 # A batch script keeps signals that come before the batch process listens: it asks for them (URG) as soon as it does.
@@ -144,7 +148,7 @@ def options(
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
 
 
-def wanted(host_bytes: int, seconds: float | None, longest: float | None) -> dict[str, str]:
+def wanted(host_bytes: int, seconds: float | None, longest: int | None) -> dict[str, str]:
     """`memory` and `time` of a job, from a plan's need of a node and its duration, with room for the plan's error.
 
     longest: seconds that the partition allows; a job that needs more goes back into the queue and goes on.
@@ -160,7 +164,10 @@ def wanted(host_bytes: int, seconds: float | None, longest: float | None) -> dic
 def filled(cluster: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`cluster` with the memory and the time that the plans want where it says nothing: the most of any."""
     made = dict(cluster)
-    sizes: dict[str, Callable[[str], float]] = {"memory": lambda text: memory_bytes(text) or 0, "time": duration}
+    sizes: dict[str, Callable[[str], int]] = {
+        "memory": lambda text: memory_bytes(text) or 0,
+        "time": lambda text: seconds(text) or 0,
+    }
     for key, size in sizes.items():
         asked = [plan["asks"].get(key) for plan in plans]
         if made[key] is None and all(asked):
@@ -168,30 +175,28 @@ def filled(cluster: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> di
     return made
 
 
-def duration(text: str) -> float:
-    """Seconds of a time as SLURM writes it: D-HH:MM:SS, H:MM:SS, M:SS; inf for its words for no limit."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if not match:
-        return math.inf
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
-
-
-def longest(partition: str | None) -> float | None:
-    """Seconds that a job may take in a partition, or the default one; None where nobody knows."""
-    if shutil.which("sinfo") is None:
+def longest(partition: str | None) -> int | None:
+    """Seconds that a job may take in a partition, or the default one; None without a limit, or where nobody tells."""
+    words = ("--noheader", "--format=%P|%l", *((f"--partition={partition}",) if partition else ()))
+    try:
+        rows = [line.strip().split("|") for line in command("sinfo", *words).stdout.splitlines() if "|" in line]
+    except UserError:
         return None
-    done = command("sinfo", "--noheader", "--format=%P|%l", *((f"--partition={partition}",) if partition else ()))
-    rows = [line.strip().split("|") for line in done.stdout.splitlines() if "|" in line]
-    if partition is None:
-        rows = [row for row in rows if row[0].endswith("*")]
-    return max((duration(limit) for _, limit in rows), default=None) if done.returncode == 0 else None
+    limits = [seconds(limit) for name, limit in rows if partition or name.endswith("*")]
+    known = [limit for limit in limits if limit is not None]
+    return max(known) if known and len(known) == len(limits) else None
 
 
 def refuse_own(sbatch: Mapping[str, Any]) -> None:
-    """UserError for an option of the user's that would change what the plan, or `ftdist logs`, knows."""
+    """UserError for an option of the user's that would change what the plan, or `ftdist logs`, knows.
+
+    sbatch takes the beginning of a name for the name.
+    """
     for key, value in sbatch.items():
-        if key.replace("_", "-") in OWN:
+        if "clusters".startswith(key):
+            raise UserError(f"cluster.sbatch.{key}={value}: SLURM's other commands would not know of it; set "
+                            f"SLURM_CLUSTERS={value} in the environment, which all of them read")  # fmt: skip
+        if any(option.startswith(key.replace("_", "-")) for option in OWN):
             raise UserError(f"cluster.sbatch.{key}={value}: the plan would not know of it; use the key of `cluster` "
                             "that is for it")  # fmt: skip
 
@@ -293,6 +298,9 @@ def setup(*, modules: list[str], environment: dict[str, str | int | float], setu
     for name in environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise UserError(f"cluster.environment.{name}: no name of an environment variable")
+        if re.search(SECRET, name):
+            raise UserError(f"cluster.environment.{name}: would stand in job.sbatch and config.yaml for all to read; "
+                            f"export {name} where you submit, SLURM passes it on")  # fmt: skip
     load = ["type module >/dev/null 2>&1 || { . /etc/profile || true; }"] if modules else []
     load += [f"module load {shlex.quote(_one_line('cluster.modules', name))}" for name in modules]
     exports = [
@@ -336,10 +344,31 @@ def pattern(path: Path) -> str:
 def submit(file: Path, *words: str, cwd: Path | None = None) -> str:
     """Submit a batch script; the job's number. words: more options, such as --dependency=afterok:12.
 
-    UserError with sbatch's own words if it is refused. Variables of a job around us do not leak into the new one.
+    UserError with sbatch's own words if it is refused; Away if nobody knows whether it was taken. Variables of a job
+    around us do not leak into the new one. Ctrl-C waits for the answer, and takes the job out of the queue again.
     """
-    answer = _sbatch([*words, "--parsable", str(file)], cwd)
-    return answer.splitlines()[-1].partition(";")[0].strip()
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        answer = _sbatch([*words, "--parsable", str(file)], cwd)
+        number = answer.splitlines()[-1].partition(";")[0].strip()
+    except Away as away:
+        number = _taken(file, away)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        cancel([number])
+        raise KeyboardInterrupt
+    return number
+
+
+def _taken(file: Path, away: Away) -> str:
+    """The job that the controller has made of a script without saying so."""
+    with contextlib.suppress(UserError):
+        if number := job_of(file):
+            return number
+    raise Away(f"{away} Whether it has taken {file} is not known, so nothing is removed; ftdist status tells once it "
+               "answers, and ftdist resume submits what it has not taken")  # fmt: skip
 
 
 def test_only(file: Path, *words: str, cwd: Path | None = None) -> str:
@@ -366,14 +395,16 @@ INHERITED = r"SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$|TIME_FORMAT$)|FTDIST_(STARTE
 def command(
     name: str, *words: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of SLURM's commands. UserError if it is not there; Away if it, or the controller, does not answer."""
+    """Run one of SLURM's commands. UserError if it is not there; Away if it, or the controller, does not answer.
+
+    A terminal's Ctrl-C is for this process alone. Names in other encodings, of other users' jobs, are read as well.
+    """
     program = shutil.which(name)
     if program is None:
         raise UserError(f"cluster=slurm: no {name} here; start this on a machine that can submit jobs")
     try:
-        done = subprocess.run(
-            [program, *words], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment, cwd=cwd
-        )
+        done = subprocess.run([program, *words], capture_output=True, text=True, errors="replace", check=False,
+                              timeout=PATIENCE, env=environment, cwd=cwd, start_new_session=True)  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Away(f"cluster=slurm: {name} does not answer within {PATIENCE} s; is the controller up?")
     if done.returncode != 0 and re.search(AWAY, done.stderr):
@@ -416,10 +447,11 @@ def jobs(ids: Sequence[str]) -> dict[str, Job]:
         found |= {key: job for key in (name, own) if key in ids}
     lost = [name for name in ids if name not in found]
     if lost and shutil.which("sacct"):
-        done = command("sacct", "-X", "-n", "-P", f"--jobs={','.join(lost)}", "--format=JobID,State,NodeList")
-        for line in done.stdout.splitlines() if done.returncode == 0 else ():
-            name, state, nodes = line.split("|")
-            found[name] = Job(name, state.split()[0], "", None, nodes)  # "CANCELLED by 1000"
+        with contextlib.suppress(Away):  # the database of the accounting is away, not the controller
+            done = command("sacct", "-X", "-n", "-P", f"--jobs={','.join(lost)}", "--format=JobID,State,NodeList")
+            for line in done.stdout.splitlines() if done.returncode == 0 else ():
+                name, state, nodes = line.split("|")
+                found[name] = Job(name, state.split()[0], "", None, nodes)  # "CANCELLED by 1000"
     return found
 
 
@@ -511,15 +543,37 @@ def partition_gpus(partition: str | None, constraint: str | None = None) -> dict
     for _, features, gres in rows:
         if constraint is not None and not _meets(set(features.split(",")), constraint):
             continue
-        here: dict[str, int] = {}
-        for part in re.sub(r"\([^)]*\)", "", gres).split(","):
-            name, *words = part.strip().split(":")
-            count = int(words.pop()) if words and words[-1].isdigit() else 1
-            if name == "gpu":
-                here[":".join(words)] = here.get(":".join(words), 0) + count
-        for known_kind, number in here.items():
-            least[known_kind] = min(number, least.get(known_kind, number))
+        for kind, number in _gpus(gres).items():
+            least[kind] = min(number, least.get(kind, number))
     return least
+
+
+def _gpus(gres: str) -> dict[str, int]:
+    """`gpu:a100:4(S:0-1),shard:8` → kind and number of GPUs."""
+    here: dict[str, int] = {}
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *words = part.strip().split(":")
+        count = int(words.pop()) if words and words[-1].isdigit() else 1
+        if name == "gpu":
+            here[":".join(words)] = here.get(":".join(words), 0) + count
+    return here
+
+
+def around(job: str, node: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Keys of `cluster` that ask for a job as sbatch was asked for the one around us, as far as SLURM tells."""
+    told = show(job)
+    names = {"partition": "Partition", "account": "Account", "qos": "QOS", "constraint": "Features",
+             "reservation": "Reservation", "time": "TimeLimit"}  # fmt: skip
+    found: dict[str, Any] = {key: told[name] for key, name in names.items() if told.get(name, "(null)") != "(null)"}
+    if not re.fullmatch(TIME, found.get("time", "")):  # no limit
+        found.pop("time", None)
+    if memory := environment.get("SLURM_MEM_PER_NODE"):
+        found["memory"] = f"{memory}M"
+    if cpus := environment.get("SLURM_CPUS_PER_TASK"):
+        found["cpus"] = int(cpus)
+    gres = re.search(r"\bGres=(\S+)", command("scontrol", "show", "node", "--oneliner", node).stdout)
+    kinds = _gpus(gres[1]) if gres else {}
+    return {**found, "gpu_type": next(iter(kinds)) or None if len(kinds) == 1 else None}
 
 
 def _meets(features: set[str], constraint: str) -> bool:

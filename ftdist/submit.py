@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ftdist import follow, job, lease, resume, rundir, schema
 from ftdist import scheduler as slurm
 from ftdist.errors import OK, UserError
-
-PREPARE = "prepare.sbatch"
 
 
 def run(config: dict[str, Any], run_dir: Path) -> int:
@@ -23,22 +25,35 @@ def run(config: dict[str, Any], run_dir: Path) -> int:
     cluster = slurm.filled(cluster, [dict(job.plan(config))])
     if asked(cluster, run_dir):
         return OK
+    unknown = None
     with rundir.claimed(run_dir) as token:
         if cluster["prepare"] == "job":
             rundir.write_json(run_dir / job.ASKED, config)
         else:
             job.freeze(config, run_dir)
-        lease.release(run_dir, token)  # it is the job's now
-        queue(run_dir, cluster, prepare=cluster["prepare"] == "job")
+        with alone(run_dir):
+            lease.release(run_dir, token)  # it is the job's now
+            try:
+                queue(run_dir, cluster, prepare=cluster["prepare"] == "job")
+            except slurm.Away as away:  # what may be a job's by now stays
+                unknown = away
+    if unknown is not None:
+        raise unknown
     return followed(run_dir, cluster)
 
 
 def again(run_dir: Path, config: dict[str, Any]) -> int:
     """A new job for a run that was stopped or killed."""
-    refuse_active(run_dir)
-    cluster = slurm.filled(config["cluster"], [{"asks": {}, **rundir.read_json(run_dir / "plan.json")}])
-    if asked(cluster, run_dir):
-        return OK
+    with alone(run_dir):
+        refuse_active(run_dir)
+        queued = _again(run_dir, config)
+    return followed(run_dir, config["cluster"]) if queued else OK
+
+
+def _again(run_dir: Path, config: dict[str, Any]) -> bool:
+    """Whether there is a new job: there may be nothing to train, or nothing but a question."""
+    if asked(_filled(run_dir, config["cluster"]), run_dir):
+        return False
     with lease.held(run_dir):
         done = (run_dir / "final").is_dir() and (
             not config["eval"]["samples"] or (run_dir / "eval" / "metrics.json").is_file()
@@ -48,9 +63,28 @@ def again(run_dir: Path, config: dict[str, Any]) -> int:
             rundir.forget_last_start(run_dir)
     if done:
         print("nothing to train: the run is finished", flush=True)
-        return OK
-    queue(run_dir, cluster, prepare=False)
-    return followed(run_dir, cluster)
+        return False
+    queue(run_dir, _filled(run_dir, config["cluster"]), prepare=False)
+    return True
+
+
+def _filled(run_dir: Path, cluster: dict[str, Any]) -> dict[str, Any]:
+    """What SLURM is asked for, from the frozen plan; one for another kind of cluster has nothing to say."""
+    return slurm.filled(cluster, [{"asks": {}, **rundir.read_json(run_dir / "plan.json")}])
+
+
+@contextlib.contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """While open nobody else submits this run: the lease is the job's, which may begin before `sbatch` has ended."""
+    with (run_dir / ".submit.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as failure:
+            if failure.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise UserError(f"run_dir={run_dir}: another ftdist submits it now; ftdist status {run_dir} tells what "
+                            "became of it")  # fmt: skip
+        yield
 
 
 def asked(cluster: dict[str, Any], run_dir: Path) -> bool:
@@ -76,20 +110,33 @@ def queue(run_dir: Path, cluster: dict[str, Any], prepare: bool) -> str:
     (run_dir / "logs").mkdir(mode=0o700, exist_ok=True)
     script = run_dir / slurm.SCRIPT
     script.write_text(text(run_dir, cluster), encoding="utf-8")
-    words, before = [], None
-    if prepare:
-        file = run_dir / PREPARE
-        file.write_text(preparation(run_dir, cluster), encoding="utf-8")
-        before = slurm.submit(file)
-        words = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
-        print(f"job {before} prepares the data", flush=True)
+    words, before, earlier = [], None, rundir.read_json(run_dir / follow.JOB)
+
+    def tell(job: str | None) -> None:
+        rundir.write_json(run_dir / follow.JOB, {"job": job, "prepare": before, "submitted": time.time()})
+
     try:
+        if prepare:
+            file = run_dir / follow.PREPARE
+            file.write_text(preparation(run_dir, cluster), encoding="utf-8")
+            before = follow.UNKNOWN
+            tell(None)
+            before = slurm.submit(file)
+            words = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
+            print(f"job {before} prepares the data", flush=True)
+        tell(follow.UNKNOWN)
         number = slurm.submit(script, *words)
-    except UserError:
-        if before:
-            slurm.cancel([before])
+    except slurm.Away:  # it may have been taken: job.json tells where to look
         raise
-    rundir.write_json(run_dir / follow.JOB, {"job": number, "prepare": before, "submitted": time.time()})
+    except BaseException:
+        if before not in (None, follow.UNKNOWN):
+            slurm.cancel([before])
+        if earlier:
+            rundir.write_json(run_dir / follow.JOB, earlier)
+        else:
+            (run_dir / follow.JOB).unlink(missing_ok=True)
+        raise
+    tell(number)
     count = cluster["gpus"] or cluster["processes"]
     kind = "GPU" if cluster["gpus"] else "process"
     each = f"{count} {kind}" + (("es" if kind == "process" else "s") if count > 1 else "")

@@ -101,6 +101,8 @@ def _submitted(sweep_dir: Path, cluster: dict[str, Any], verb: str, count: int, 
     script.write_text(text(sweep_dir, cluster, verb, count, array), encoding="utf-8")
     try:
         number = slurm.submit(script)
+    except slurm.Away:  # it may have been taken: its members need the file, and _arrays finds the job
+        raise
     except UserError:
         (folder / f"{array}.json").unlink()
         raise

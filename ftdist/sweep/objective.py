@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ftdist import evaluate as evaluation
-from ftdist import judge, schema
+from ftdist import judge, rundir, schema
 from ftdist.errors import UserError
 
 TUNED = "tuned."  # before a name: of eval/metrics.json, which the evaluation after training writes
@@ -48,17 +50,17 @@ def while_training(name: str) -> bool:
 
 def series(run_dir: Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of every line of metrics.jsonl that has a finite one, as far as the run has come."""
-    file, found = run_dir / "metrics.jsonl", {}
-    if not file.is_file():
-        return []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+    rows = _rows(run_dir / "metrics.jsonl")
+    return sorted({int(row["step"]): float(row[name]) for row in rows if _is_number(row.get(name))}.items())
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Of a file of lines, but the one that is being written, or was cut when the run was killed."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue  # the line that is being written, or was cut when the run was killed
-        if _is_number(row.get(name)):
-            found[int(row["step"])] = float(row[name])
-    return sorted(found.items())
+            if isinstance(row, dict):  # of a cut line a number may be left
+                yield row
 
 
 def value(run_dir: Path, name: str) -> float | None:
@@ -70,32 +72,24 @@ def value(run_dir: Path, name: str) -> float | None:
         step = _restored(run_dir)
         line = [value for at, value in series(run_dir, name) if step is None or at <= step]
         return line[-1] if line else None
-    file = run_dir / "eval" / "metrics.json"
-    if not file.is_file():
-        return None
-    found = json.loads(file.read_text(encoding="utf-8")).get("tuned", {}).get(name.removeprefix(TUNED))
+    tuned = rundir.read_json(run_dir / "eval" / "metrics.json").get("tuned", {})
+    found = tuned.get(name.removeprefix(TUNED))
     return float(found) if _is_number(found) else None
 
 
 def _restored(run_dir: Path) -> int | None:
     """The step whose weights final/ holds, where it is not the last one."""
-    file = run_dir / "events.jsonl"
-    found = None
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        if '"best-restored"' in line:
-            found = int(json.loads(line)["step"])
-    return found
+    found = [int(row["step"]) for row in _rows(run_dir / "events.jsonl") if row.get("event") == "best-restored"]
+    return found[-1] if found else None
 
 
 def seen(run_dir: Path) -> list[str]:
     """Every name that a run has recorded a number under."""
     names: dict[str, None] = {}
-    for file, prefix in ((run_dir / "metrics.jsonl", ""), (run_dir / "eval" / "metrics.json", TUNED)):
-        if not file.is_file():
-            continue
-        text = file.read_text(encoding="utf-8")
-        rows = [json.loads(text).get("tuned", {})] if prefix else map(json.loads, text.splitlines())
-        names |= {prefix + key: None for row in rows for key, value in row.items() if _is_number(value)}
+    for row in _rows(run_dir / "metrics.jsonl"):
+        names |= {key: None for key, value in row.items() if _is_number(value)}
+    tuned = rundir.read_json(run_dir / "eval" / "metrics.json").get("tuned", {})
+    names |= {TUNED + key: None for key, value in tuned.items() if _is_number(value)}
     return [name for name in names if name not in ("step", "epoch")]
 
 

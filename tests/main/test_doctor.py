@@ -1,5 +1,6 @@
 """What `ftdist doctor` finds: each fault made, and named with what to do."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -105,6 +106,22 @@ def test_limits_of_the_machine(monkeypatch):
     assert (found["open files"], found["/dev/shm"], found["host name"]) == ("wrong", "warn", "wrong")
 
 
+def full(**_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("ping", "level"),
+    [
+        ("Slurmctld(primary) at super1 is DOWN", "wrong"),
+        ("Slurmctld(primary) at head is DOWN\nSlurmctld(backup) at head2 is UP", "ok"),
+    ],
+)
+def test_a_controller_that_is_down(ping, level, monkeypatch, slurm):
+    monkeypatch.setenv("PATH", slurm(scontrol=f"echo '{ping}'"))
+    assert levels(checkup._slurm())["slurm"] == level
+
+
 def test_a_shared_directory(monkeypatch, slurm, tmp_path):
     (finding,) = checkup.shared_directory(tmp_path)
     assert finding.level in ("ok", "warn") and not list(tmp_path.glob(".ftdist-doctor*"))
@@ -112,9 +129,14 @@ def test_a_shared_directory(monkeypatch, slurm, tmp_path):
     (finding,) = checkup.shared_directory(tmp_path)
     assert finding.level == "wrong" and "cannot be written" in finding.found
     monkeypatch.undo()
+    monkeypatch.setattr(checkup.tempfile, "mkdtemp", full)
+    (finding,) = checkup.shared_directory(tmp_path)
+    assert finding.level == "wrong" and "No space left" in finding.found
+    monkeypatch.undo()
     shared = tmp_path / "shared"
     shared.mkdir()
-    seeing = 'for node in 0 1; do SLURM_NODEID=$node sh -c "$7"; done'  # srun: its last word is the script
+    seeing = 'case "$*" in *--overlap*) exit 1;; esac; for node in 0 1; do SLURM_NODEID=$node sh -c "$6"; done'
+    seeing = f'[ "$SLURM_OVERLAP" ] && {{ {seeing}; }}'  # an srun before 20.11, too
     for script, level in ((seeing, "ok"), (seeing.replace("0 1", "0"), "wrong"), ("exit 1", "wrong")):
         monkeypatch.setenv("PATH", slurm(srun=script))
         monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")

@@ -24,6 +24,8 @@ from ftdist import scheduler as slurm
 from ftdist.errors import Failed, UserError
 from ftdist.job import conclude
 from ftdist.plan import hardware
+from ftdist.sweep import array
+from ftdist.sweep import start as sweep
 
 REPOSITORY = Path(__file__).parents[2]
 VALUES = {"name": "auto", "match": None, "memory": None, "capability": None, "price_per_hour": 2.0}
@@ -160,11 +162,17 @@ def test_words_for_jobs_that_are_over(state, active):
     assert job(state)["7"].active is active
 
 
-@pytest.mark.parametrize("key", ["nodes", "gpus_per_node", "time", "output", "array"])
+KNOWN = ["nodes", "gpus_per_node", "time", "output", "array", "wait", "test-only", "gpus_per_task", "mem_per_cpu",
+         "mem-per-gpu", "cpus_per_gpu", "part"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KNOWN)
 def test_options_that_the_plan_would_not_know_of(key):
     with pytest.raises(UserError, match=rf"cluster\.sbatch\.{key}=2: .*use the key of `cluster`"):
         slurm.refuse_own({"nice": 100, key: 2})
-    slurm.refuse_own({"nice": 100})
+    with pytest.raises(UserError, match="SLURM_CLUSTERS=other"):
+        slurm.refuse_own({"clusters": "other"})
+    slurm.refuse_own({"nice": 100, "exclude": "node9", "gres_flags": "enforce-binding", "time_min": "1:00"})
 
 
 # --- a job's own process ---------------------------------------------------------------------------
@@ -835,6 +843,11 @@ def test_what_comes_before_the_program(tmp_path):
     text = slurm.script({}, ["module() { printf '<%s>' \"$@\"; }", *before], ["sh", "-c", 'printf %s "$ODD"'])
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
     assert done.stdout == f"<load><cuda/12 x><load><gcc>set 2\n{odd}" and done.returncode == 0, done
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET", "db_password"):
+        with pytest.raises(UserError, match=rf"cluster\.environment\.{name}: .*export {name}") as refused:
+            script(environment={name: "s3cret"})
+        assert "s3cret" not in str(refused.value)
+    assert "export TOKENIZERS_PARALLELISM=true" in script(environment={"TOKENIZERS_PARALLELISM": "true"})
     for name, value in (("modules", ["a\nb"]), ("environment", {"A": "a\nb"}), ("setup", ["a\nb"])):
         with pytest.raises(UserError, match=rf"cluster\.{name}.*line breaks"):
             script(**{name: value})
@@ -874,3 +887,330 @@ def test_a_job_that_was_killed_is_over(tmp_path, monkeypatch):
     rundir.write_json(tmp_path / "outcome.json", {"outcome": "stopped", "reason": "SIGTERM", "status": 75})
     assert words(tmp_path, {})[0] == "ending"
     assert words(tmp_path, job("CANCELLED")) == ("stopped", "SIGTERM")
+
+
+# --- a submission -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """`commands(sbatch="echo 7")`: SLURM's commands are these lines of shell; `$0.said` has what they were told."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def commands(**lines):
+        for name, line in lines.items():
+            (folder / name).write_text(f'#!/bin/sh\necho "$*" >> "$0.said"\n{line}\n')
+            (folder / name).chmod(0o755)
+        return folder
+
+    return commands
+
+
+AWAY = "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+def freezes(run_dir):
+    """What `submit.run` does with a new run, its freezing left out."""
+    config = {"cluster": CLUSTER | {"check": False, "time": "1:00", "memory": "1G"}, "resume": "never"}
+    return submit.run(config, run_dir)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.setattr(submit.job, "plan", lambda config: {"asks": {}})
+    monkeypatch.setattr(submit.job, "freeze", lambda config, run_dir: (run_dir / "config.yaml").touch())
+
+
+def test_a_job_that_was_taken_without_an_answer(commands, plain, tmp_path):
+    """Its files stay, and its number is found: at once, or as soon as the controller answers."""
+    run_dir = tmp_path / "run"
+    folder = commands(sbatch=AWAY, squeue=f"printf '8|/els\\351where\\n7|{run_dir}/job.sbatch\\n'")
+    assert freezes(run_dir) == 0
+    assert rundir.read_json(run_dir / "job.json")["job"] == "7"
+    run_dir = tmp_path / "later"
+    commands(squeue=AWAY)
+    with pytest.raises(slurm.Away, match=r"later/job\.sbatch is not known, so nothing is removed"):
+        freezes(run_dir)
+    assert (run_dir / "config.yaml").is_file() and rundir.read_json(run_dir / "job.json")["job"] == follow.UNKNOWN
+    commands(
+        squeue=f"""case "$*" in *%F*) echo '9|{run_dir}/job.sbatch';; *) echo '9|9|PENDING|1:00||Priority';; esac"""
+    )
+    with pytest.raises(UserError, match="its job 9 is pending"):
+        submit.refuse_active(run_dir)
+    assert rundir.read_json(run_dir / "job.json")["job"] == "9"
+    assert (folder / "sbatch.said").read_text().count("job.sbatch") == 2
+
+
+def test_a_submission_that_is_refused(commands, plain, tmp_path):
+    """Nothing is left, the job that prepares does not wait for nobody, and an older job's number stays."""
+    prepares = 'case "$*" in *prepare.sbatch) echo 6;; *) echo "sbatch: error: no" >&2; exit 1;; esac'
+    folder = commands(sbatch=prepares, scancel="")
+    (tmp_path / "run").mkdir()
+    rundir.write_json(tmp_path / "run" / "job.json", {"job": "5", "prepare": None, "submitted": 1.0})
+    with pytest.raises(UserError, match="sbatch refused the job: error: no"):
+        submit.queue(tmp_path / "run", CLUSTER, prepare=True)
+    assert (folder / "scancel.said").read_text() == "6\n"
+    assert rundir.read_json(tmp_path / "run" / "job.json")["job"] == "5"
+    with pytest.raises(UserError, match="refused"):
+        freezes(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_while_a_job_is_submitted(commands, plain, tmp_path):
+    """It waits for the answer, then takes the job out of the queue; nothing is left."""
+    folder = commands(sbatch=f"kill -INT {os.getpid()}; echo 7", scancel="")
+    with pytest.raises(KeyboardInterrupt):
+        freezes(tmp_path / "run")
+    assert (folder / "scancel.said").read_text() == "7\n" and not (tmp_path / "run").exists()
+
+
+def test_an_array_that_was_taken_without_an_answer(commands, tmp_path):
+    """Its tasks find their members, and the sweep its job."""
+    commands(sbatch=AWAY, squeue=AWAY)
+    (tmp_path / "01").mkdir()
+    with pytest.raises(slurm.Away):
+        array._submitted(tmp_path, CLUSTER, "member", 1, ["01"])
+    commands(squeue=f"echo '9|{tmp_path}/arrays/0.sbatch'")
+    assert [told["job"] for told in array._arrays(tmp_path)] == ["9"]
+    assert rundir.read_json(tmp_path / "01" / "job.json")["job"] == "9_0"
+    commands(sbatch="echo 'sbatch: error: no' >&2; exit 1")
+    with pytest.raises(UserError, match="refused"):
+        array._submitted(tmp_path, CLUSTER, "member", 1, ["01"])
+    assert [file.name for file in (tmp_path / "arrays").glob("*.json")] == ["0.json"]
+
+
+def test_two_that_submit_a_run_at_once(commands, tmp_path, monkeypatch):
+    """One job; while sbatch is asked, the lease is free for the job."""
+    commands(squeue="", sbatch="echo 7")
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(submit.resume, "changed", lambda *_, **__: None)
+    monkeypatch.setattr(submit, "followed", lambda *_: 0)
+    config = {"cluster": CLUSTER | {"check": False}, "eval": {"samples": 0}}
+    submitted, refused = slurm.submit, []
+
+    def meanwhile(script, *words):
+        with lease.held(tmp_path):
+            pass
+        with pytest.raises(UserError, match="another ftdist submits it now"):
+            refused.append(submit.again(tmp_path, config))
+        return submitted(script, *words)
+
+    monkeypatch.setattr(slurm, "submit", meanwhile)
+    assert submit.again(tmp_path, config) == 0 and not refused
+    commands(squeue="echo '7|7|RUNNING|1:00|node1|None'")
+    with pytest.raises(UserError, match="its job 7 is running"):
+        submit.again(tmp_path, config)
+
+
+# --- one process -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "nodes"), [(1, 1), (2, 1), (1, 2)])
+def test_what_a_rank_is_told(count, nodes, tmp_path, monkeypatch):
+    """One process sees one GPU, or transformers would spread it over all; several find each other."""
+    told = []
+    monkeypatch.setattr(node_module.subprocess, "Popen", lambda *_, env, **__: told.append(env))
+    monkeypatch.setattr(node_module, "wait", lambda *_: 0)
+    monkeypatch.setattr(node_module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launcher, "devices", lambda: (2, "GPU"))
+    given = {
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_NODES": str(nodes),
+        "CUDA_VISIBLE_DEVICES": "2,3",
+        "FTDIST_GRACE": "1",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    for deepspeed in (False, True):
+        told.clear()
+        (tmp_path / "deepspeed.json").touch() if deepspeed else None
+        assert node_module.main([str(tmp_path), "head", "20000", str(count), "ftdist.worker"]) == 0
+        assert [one["CUDA_VISIBLE_DEVICES"] for one in told] == ["2" if count * nodes == 1 else "2,3"] * count
+        alone = count * nodes == 1 and not deepspeed
+        world = {one.get("WORLD_SIZE") for one in told}
+        assert world == ({None} if alone else {str(count * nodes)})
+
+
+def test_a_network_of_one_process(in_a_job, monkeypatch, capsys):
+    """There is none to be checked."""
+    started = []
+    in_a_job.cluster["network_check"] = 5
+    rundir.write_json(in_a_job.run_dir / "outcome.json", {"status": 0})
+    monkeypatch.setattr(in_a_job, "follow", lambda command, **_: started.append(command[-1]) or 0)
+    in_a_job.attempt()
+    assert started == ["ftdist.worker"] and "left out" in capsys.readouterr().out
+    in_a_job.cluster["processes"] = 2
+    in_a_job.attempt()
+    assert started[1:] == ["ftdist.preflight", "ftdist.worker"]
+
+
+# --- what is known while SLURM, or a part of it, is away ----------------------------------------------
+
+
+@pytest.fixture
+def submitted(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    rundir.write_json(tmp_path / "job.json", {"job": "7", "prepare": None, "submitted": time.time()})
+    return tmp_path
+
+
+def test_an_accounting_that_is_away(commands, submitted):
+    """It knows of ended jobs, and of nothing that is queued now."""
+    commands(squeue="", sacct="echo 'sacct: error: connect to here:6819: Connection refused' >&2; exit 1")
+    assert follow.status([submitted])[0]["state"] == "killed"
+    commands(squeue=AWAY)
+    with pytest.raises(slurm.Away):
+        follow.jobs_of([submitted])
+
+
+def test_a_run_while_the_controller_is_away(commands, submitted, capsys):
+    """Files tell whether it runs, and ask it to stop; of one that may wait nothing is claimed."""
+    commands(squeue=AWAY)
+    assert follow.status([submitted])[0]["state"] == "unknown"
+    assert "connect failure" in capsys.readouterr().err
+    with pytest.raises(slurm.Away, match="one that waits has to be stopped again"):
+        follow.stop(submitted)
+    with lease.held(submitted):
+        (submitted / stops.RUNNING).touch()
+        assert follow.status([submitted])[0]["state"] == "running"
+        assert follow.stop(submitted).startswith("asked to stop") and stops.requested(submitted) == follow.STOP
+    rundir.write_json(submitted / "outcome.json", {"outcome": "failed", "reason": "a bug", "status": 1})
+    assert follow.status([submitted])[0]["state"] == "failed"
+
+
+def test_the_log_of_an_earlier_launcher(in_a_job):
+    """A run that has begun on one machine, where a rank was killed, and fails in SLURM: what fails now is said."""
+    logs = in_a_job.run_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    (logs / "launcher.log").write_text("the rank died with <Signals.SIGKILL: 9>\n")
+    says(in_a_job, "a bug")
+    rundir.write_json(in_a_job.run_dir / "job.json", {"job": "7", "prepare": None, "submitted": time.time()})
+    with pytest.raises(Failed, match="a bug"):
+        launcher.judge(in_a_job.run_dir, 1, in_a_job.token)
+    with pytest.raises(Failed, match="killed by signal 9"):
+        launcher.judge(in_a_job.run_dir, 1)
+    lease.release(in_a_job.run_dir, in_a_job.token)
+    (in_a_job.run_dir / "config.yaml").touch()
+    assert words(in_a_job.run_dir, {}) == ("failed", "a bug")
+    (logs / "rank-0.error.json").unlink()
+    with pytest.raises(Failed, match=r"without a word .*\(log: .*/logs\)"):
+        launcher.judge(in_a_job.run_dir, 1, in_a_job.token)
+
+
+# --- slurm/train.sbatch ----------------------------------------------------------------------------
+
+GIVEN = "JobId=7 JobState=RUNNING Partition=gpu Account=me QOS=(null) TimeLimit={} Features=(null) Reservation=mon"
+
+
+@pytest.mark.parametrize(
+    ("gres", "limit", "asked"),
+    [
+        ("gpu:h100:8(S:0-1)", "1-00:00:00", {"gpu_type": "h100", "time": "1-00:00:00"}),
+        ("gpu:8", "UNLIMITED", {"gpu_type": None, "time": None}),
+    ],
+)
+def test_a_job_of_train_sbatch_is_asked_for_again(gres, limit, asked, commands, tmp_path, monkeypatch):
+    """With what sbatch was told; GPUs are called what SLURM calls them, and planned as what they are."""
+    commands(
+        scontrol=f'case "$*" in *node*) echo "NodeName=node1 Gres={gres}";; *) echo "{GIVEN.format(limit)}";; esac'
+    )
+    given = {"JOB_ID": "7", "JOB_NUM_NODES": "1", "GPUS_ON_NODE": "2", "MEM_PER_NODE": "4096", "CPUS_PER_TASK": "8"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    monkeypatch.setattr(launcher, "gpu_facts", lambda: ("NVIDIA H100 80GB HBM3", 80 << 30, 9.0))
+    monkeypatch.setattr(job_module, "decide", lambda config: None)
+    monkeypatch.setattr(job_module, "plan", lambda config: {})
+    monkeypatch.setattr(forecast, "refuse_what_cannot_fit", lambda *_: None)
+    monkeypatch.setattr(
+        job_module, "freeze", lambda config, run_dir: rundir.write_yaml(run_dir / "config.yaml", config)
+    )
+    batch.from_words([f"run_dir={tmp_path}/run", "model.path=model", "data.path=chat.jsonl", "strategy=full"])
+    config = rundir.read_config(tmp_path / "run")
+    same = {"partition": "gpu", "account": "me", "qos": None, "reservation": "mon", "memory": "4096M", "cpus": 8}
+    assert {key: config["cluster"][key] for key in asked | same} == asked | same
+    assert config["hardware"]["name"] == "h100"
+    device = "h100:2" if asked["gpu_type"] else "2"
+    assert f"#SBATCH --gpus-per-node={device}\n" in submit.text(tmp_path / "run", config["cluster"])
+
+
+# --- memory and time from the plan -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "seconds", "longest", "asks"),
+    [
+        (10, 3600.0, None, {"memory": "15G", "time": "2:00:00"}),  # 1.25 · 10 + 2; 1.5 h and half an hour
+        (0, 1.0, 86400, {"memory": "2G", "time": "0:45:00"}),  # whole GiB and quarters of an hour, upwards
+        (10, 3600.0, 5400, {"memory": "15G", "time": "1:30:00"}),
+        (100, 360000.0, None, {"memory": "127G", "time": "150:30:00"}),
+        (1.7, None, 5400, {"memory": "5G"}),
+    ],
+)
+def test_what_a_plan_wants_of_slurm(gibibytes, seconds, longest, asks):
+    assert slurm.wanted(int(gibibytes * 2**30), seconds, longest) == asks
+    job_module.check_cluster(CLUSTER | asks)
+    assert all(f"={value}\n" in script(**asks) for value in asks.values())
+
+
+@pytest.mark.parametrize(
+    ("partition", "rows", "seconds"),
+    [
+        (None, "gpu*|12:00:00\ncpu|2-00:00:00\n", 43200),
+        ("gpu,cpu", "gpu*|12:00:00\ncpu|2-00:00:00\n", 172800),
+        ("gpu", "gpu*|infinite\n", None),
+        ("gpu,cpu", "gpu*|12:00:00\ncpu|infinite\n", None),
+        ("gone", "", None),
+    ],
+)
+def test_the_longest_time_of_a_partition(partition, rows, seconds, sinfo):
+    sinfo(rows)
+    assert slurm.longest(partition) == seconds
+
+
+def test_the_longest_time_that_nobody_tells(commands, tmp_path, monkeypatch):
+    folder = commands(sinfo=AWAY)
+    assert slurm.longest("gpu") is None
+    monkeypatch.setenv("PATH", str(folder))
+    (folder / "sinfo").unlink()
+    assert slurm.longest("gpu") is None
+
+
+def test_the_most_that_plans_want():
+    """Of all of an array's members; what a user says stays, and so does what is left to the site."""
+    plans = [{"asks": {"memory": "9G", "time": "10:00:00"}}, {"asks": {"memory": "10G", "time": "9:45:00"}}]
+    none = {"memory": None, "time": None}
+    assert slurm.filled(none, plans) == {"memory": "10G", "time": "10:00:00"}
+    assert slurm.filled(none | {"time": "1:00:00"}, plans) == {"memory": "10G", "time": "1:00:00"}
+    assert slurm.filled({"memory": "0", "time": slurm.SITE}, plans) == {"memory": "0", "time": "site"}
+    assert slurm.filled(none, [*plans, {"asks": {"memory": "1G"}}]) == {"memory": "10G", "time": None}
+    assert slurm.filled(none, [{"asks": {}}]) == none
+    assert "--mem=10G\n" in script(**slurm.filled(none, plans)) and "--time=10:00:00\n" in script(
+        **slurm.filled(none, plans)
+    )
+    left = script(memory=slurm.SITE, time=slurm.SITE)
+    assert "--mem" not in left and "--time" not in left
+
+
+def test_a_search_s_worker_has_no_time_of_a_plan():
+    """It runs as many trials as it comes to."""
+    configs = [{"cluster": {"memory": None, "time": None}} for _ in range(2)]
+    sweep._fill(configs, [{"asks": {"memory": "9G", "time": "1:00:00"}}], searching=True)
+    assert configs[1]["cluster"] == {"memory": "9G", "time": None}
+    sweep._fill(configs, [{"asks": {"memory": "8G", "time": "1:00:00"}}], searching=False)
+    assert configs[0]["cluster"] == {"memory": "9G", "time": "1:00:00"}
+
+
+def test_a_resume_asks_for_what_its_own_plan_wants(commands, submitted, monkeypatch):
+    """One with another engine, or of a run of this machine, whose plan wanted nothing of SLURM."""
+    folder = commands(squeue="", sbatch="grep -e --mem -e --time $2 >> $0.script; echo 7")
+    monkeypatch.setattr(submit, "followed", lambda *_: 0)
+    plan = {"asks": {"memory": "20G", "time": "3:00:00"}}
+    monkeypatch.setattr(
+        submit.resume, "changed", lambda run_dir, *_, **__: rundir.write_json(run_dir / "plan.json", plan)
+    )
+    rundir.write_json(submitted / "plan.json", {"total_steps": 3})
+    submit.again(submitted, {"cluster": CLUSTER | {"check": False, "time": "site"}, "eval": {"samples": 0}})
+    assert (folder / "sbatch.script").read_text() == "#SBATCH --mem=20G\n"

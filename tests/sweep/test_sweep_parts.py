@@ -93,6 +93,16 @@ def test_an_objective_that_nothing_records_is_refused():
     objective.check("eval_exact_match", config_of("eval.during=5"))
 
 
+def test_an_objective_of_lines_that_were_cut(tmp_path):
+    """A run that was killed while it wrote: the rest is read."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "eval_loss": 2.5}\n{"step": 3, "eval_lo\n7\n')
+    (tmp_path / "events.jsonl").write_text('{"event": "best-restored", "step": 1}\n{"event": "best-restored", "st')
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "metrics.json").write_text('{"tuned": {"loss"')
+    assert objective.seen(tmp_path) == ["eval_loss"]
+    assert objective.value(tmp_path, "eval_loss") == 2.5 and objective.value(tmp_path, "tuned.loss") is None
+
+
 def test_the_objective_is_the_last_finite_value(tmp_path):
     rows = [{"step": 1, "loss": 3.0}, {"step": 1, "eval_loss": 2.5}, {"step": 2, "eval_loss": None}]
     lines = [json.dumps(row) for row in [*rows, {"step": 3, "eval_loss": 2.0}, {"step": 4, "eval_loss": None}]]
