@@ -435,8 +435,7 @@ def ready(config: dict[str, Any], known: dict[str, Any] | None = None) -> dict[s
 
     known: the plan of another member of a sweep, which is this one's too.
     """
-    if config["resume"] == "auto" and config["run_dir"] is None:
-        raise UserError("resume=auto: go on with which run? set run_dir=DIR")
+    refuse_nameless(config)
     decide(config)
     per_node(config["cluster"], here=True)
     shapes_of(config["model"], need_weights=True)
@@ -455,6 +454,12 @@ def ready(config: dict[str, Any], known: dict[str, Any] | None = None) -> dict[s
     place = next(folder for folder in Path(config["run_dir"]).absolute().parents if folder.is_dir())
     forecast.refuse_without_disk(made, config["run_dir"], shutil.disk_usage(place).free, config["must_fit"])
     return made
+
+
+def refuse_nameless(config: dict[str, Any]) -> None:
+    """UserError where a run is to go on, and nobody says which."""
+    if config["resume"] == "auto" and config["run_dir"] is None:
+        raise UserError("resume=auto: go on with which run? set run_dir=DIR")
 
 
 def run(config: dict[str, Any], run_dir: Path) -> None:
