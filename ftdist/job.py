@@ -435,8 +435,7 @@ def ready(config: dict[str, Any], known: dict[str, Any] | None = None) -> dict[s
 
     known: the plan of another member of a sweep, which is this one's too.
     """
-    if config["resume"] == "auto" and config["run_dir"] is None:
-        raise UserError("resume=auto: go on with which run? set run_dir=DIR")
+    refuse_nameless(config)
     decide(config)
     per_node(config["cluster"], here=True)
     shapes_of(config["model"], need_weights=True)
@@ -455,6 +454,12 @@ def ready(config: dict[str, Any], known: dict[str, Any] | None = None) -> dict[s
     place = next(folder for folder in Path(config["run_dir"]).absolute().parents if folder.is_dir())
     forecast.refuse_without_disk(made, config["run_dir"], shutil.disk_usage(place).free, config["must_fit"])
     return made
+
+
+def refuse_nameless(config: dict[str, Any]) -> None:
+    """UserError where a run is to go on, and nobody says which."""
+    if config["resume"] == "auto" and config["run_dir"] is None:
+        raise UserError("resume=auto: go on with which run? set run_dir=DIR")
 
 
 def run(config: dict[str, Any], run_dir: Path) -> None:
@@ -542,10 +547,10 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
     start.settle(model, run_dir)
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
-    other = other_reference(config)
+    other = other_reference(config, run_dir)
     weights = bases.fingerprint(model["path"])
     prepared = prepared_data(config, run_dir=run_dir)
-    general = general_data(config, forgetting.identity(weights["files"]), forgetting.begins(run_dir))
+    general = general_data(config, forgetting.identity(weights["files"]), run_dir)
     measure = preparation(find(config["strategy"]["name"]))
     if measure is not None:
         base = base_of(config, shapes_of(model), measured=False)
@@ -563,8 +568,8 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         except UserError as failure:
             raise UserError(f"no row is held out (set data.validation_share or data.validation): {failure}")
         print("no row is held out: no held-out loss", flush=True)
-    retention = evaluation.retention_data(config)
-    evaluation.refuse_preferences(config)
+    retention = evaluation.retention_data(config, run_dir)
+    evaluation.refuse_preferences(config, run_dir)
     evaluation.refuse_overlap(config["eval"], prepared, config["model"], retention)
     kept = evaluation.tokens_while_training(config, retention)
     made = plan(
@@ -661,14 +666,15 @@ def is_preference(data: dict[str, Any]) -> bool:
     return "preference" in (data["format"], *(part.get("format") for part in parts))
 
 
-def other_reference(config: dict[str, Any]) -> dict[str, Any] | None:
+def other_reference(config: dict[str, Any], run_dir: Path) -> dict[str, Any] | None:
     """Settle `task.reference_model`, if there is one: its directory, and the hashes of its files."""
     task, model = config["task"], config["model"]
     if task.get("reference_model") is None:
         return None
     path = task["reference_model"]
     directory = str(start.whole(path)) if start.is_run(path) else models.local_path(path, None)
-    start.same_tokenizer(model["path"], directory, "task.reference_model", model["trust_remote_code"])
+    own = str(start.adapter(run_dir) or model["path"])
+    start.same_tokenizer(own, directory, "task.reference_model", model["trust_remote_code"])
     task["reference_model"] = directory
     files: dict[str, Any] = bases.fingerprint(directory)["files"]
     return files
@@ -693,11 +699,11 @@ def prepared_data(config: dict[str, Any], preference: bool = False, run_dir: Pat
     )
 
 
-def general_data(config: dict[str, Any], model: str, adapter: str | None) -> str | None:
+def general_data(config: dict[str, Any], model: str, run_dir: Path) -> str | None:
     """The prepared data that a Fisher is to be measured on, one sequence a row; None where none is.
 
-    model, adapter: identities of the weights; UserError if a Fisher is given that is of others, or an earlier one that
-    is of a model from which this one does not come.
+    model: identity of the weights; UserError if a Fisher is given that is of others, or an earlier one that is of a
+    model from which this one does not come.
     """
     keys = config["forgetting"]
     if not forgetting.is_on(keys):
@@ -707,14 +713,14 @@ def general_data(config: dict[str, Any], model: str, adapter: str | None) -> str
     if keys["earlier"] is not None:
         forgetting.refuse_a_stranger(keys["earlier"], model, config["model"]["path"])
     if keys["fisher"] is not None:
-        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"], adapter)
+        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"], forgetting.begins(run_dir))
         return None
     data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
     data |= {"replay": None, "replay_share": None, "format": "auto", "columns": {}, "mask": "auto"}
     data |= dict.fromkeys(("min_answer", "max_answer", "max_repetition", "max_markup", "scripts"))
     try:
         texts = {"data": data, "task": {"name": "sft"}, "train": {**config["train"], "packing": False}}
-        return str(prepared_data({**config, **texts}))
+        return str(prepared_data({**config, **texts}, run_dir=run_dir))
     except UserError as failure:
         raise UserError(f"forgetting.data={keys['data']}: {failure}")
 

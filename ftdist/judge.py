@@ -117,11 +117,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an evaluation means. score: lower is better, None for a step that does not count."""
+    """What an evaluation means. score: lower is better, None for a step that does not count, and `why_not` in words
+    where it is not NaN."""
 
     score: float | None
     best: bool
-    forgotten: str | None
+    why_not: str | None
     stop: str | None
     overfitting: int | None
 
@@ -169,9 +170,12 @@ class Judge:
         return None if not base else loss / base - 1
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> Verdict:
-        """UserError where the metric was not recorded after all."""
+        """UserError where the metric was not recorded after all. One of training waits for its first logged value."""
         memory = self.memory
         value = metrics.get(self.metric, memory.logged.get(self.metric))
+        if value is None and not self.metric.startswith("eval_"):
+            why_not = f"{self.metric} has not been logged yet (train.logging_steps)"
+            return Verdict(None, False, why_not, memory.stop, self._overfits(step, metrics))
         if value is None:
             known = sorted({*(k for k in metrics if k.startswith("eval_")), *TRAINING})
             raise UserError(f"stopping.metric={self.metric}: not recorded by this run; {nearest(self.metric, known)}")

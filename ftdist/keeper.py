@@ -261,8 +261,8 @@ class Keeper(TrainerCallback):
             control.should_training_stop = True
         if not self.main:
             return
-        if verdict.forgotten is not None:
-            print(f"step {step}: does not count as a best step: {verdict.forgotten}", flush=True)
+        if verdict.why_not is not None:
+            print(f"step {step}: does not count as a best step: {verdict.why_not}", flush=True)
         if verdict.overfitting is not None:
             text = (
                 f"overfitting since step {verdict.overfitting}: the held-out loss rises while the training loss falls"

@@ -110,7 +110,7 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
     general = before["fisher_data"]
     if general and not Path(general).is_dir() and not (run_dir / forgetting.FOLDER).is_dir():
         weights = json.loads((run_dir / bases.FILE).read_text(encoding="utf-8"))
-        again = job.general_data(config, forgetting.identity(weights["files"]), forgetting.begins(run_dir))
+        again = job.general_data(config, forgetting.identity(weights["files"]), run_dir)
         if again != general:
             raise UserError(
                 f"forgetting.data={config['forgetting']['data']}: gone from the cache before the Fisher was measured, "
@@ -122,7 +122,7 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
                 f"eval.retention={config['eval']['retention']}: stopping.max_forgetting compares {sets} with the base, "
                 "whom this run has left behind; use that to go on"
             )
-        before["retention"] = evaluate.retention_data(config)
+        before["retention"] = evaluate.retention_data(config, run_dir)
         evaluate.refuse_overlap(config["eval"], Path(before["prepared"]), config["model"], before["retention"])
     made = job.plan(config, report=report, measured=True)
     job.write_engine(config, run_dir)

@@ -26,6 +26,7 @@ def of(verb: str, config: dict[str, Any], argv: list[str]) -> list[dict[str, Any
         return [config]
     if config["cluster"]["name"] != "local":
         refuse(config)
+    job.refuse_nameless(config)  # before the folder has a name
     shared = [word for word in argv if not re.match(OWN, word)]
     folder = Path(config["run_dir"] or rundir.fresh_name(config["model"]["path"], config["strategy"]["name"]))
     found = [config]

@@ -57,7 +57,7 @@ class Reference:
         if self.copy is not None:
             assert self.head is not None
             self.head.found_out(trainer.head)
-            return trainer.log_probabilities(self.copy, batch, self.head)
+            return self._of_copy(trainer, batch)
         adapted: Any = trainer.model
         with evaluating(model, adapted), adapted.disable_adapter():
             return trainer.log_probabilities(model, batch)
@@ -72,6 +72,11 @@ class Reference:
         self.head.usable = self.head.usable and trainer.head.usable and self.is_start
         self.copy = self._sharded(model) if trainer.sharded else model.to(trainer.args.device)
         self.copy.eval()
+
+    def _of_copy(self, trainer: PreferenceTrainer, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """log p (2·B,) by the frozen model. accelerate gives its autocast to the trained model's forward alone."""
+        with trainer.accelerator.autocast():
+            return trainer.log_probabilities(self.copy, batch, self.head)
 
     @staticmethod
     def _sharded(model: Any) -> Any:
@@ -127,7 +132,6 @@ class Reference:
         """Both splits' columns (rows, 2); each rank computes its share."""
         if self.load is not None:
             self._keep_copy(trainer)
-        model, head = (self.copy, self.head) if self.copy is not None else (trainer.model_wrapped, None)
         ranks, size = trainer.keeper.ranks, trainer.args.per_device_eval_batch_size
         found = {}
         with evaluating(trainer.model_wrapped, trainer.model):
@@ -142,9 +146,11 @@ class Reference:
                     with trainer.compute_loss_context_manager():
                         if not trainer.examined:  # is the head's loss this architecture's?
                             trainer._examine(trainer.model_wrapped, batch)
-                        if head is not None:
-                            head.found_out(trainer.head)
-                        values = trainer.log_probabilities(model, batch, head)
+                        if self.head is not None:
+                            self.head.found_out(trainer.head)
+                            values = self._of_copy(trainer, batch)
+                        else:
+                            values = trainer.log_probabilities(trainer.model_wrapped, batch)
                     pairs = values.reshape(2, -1).T.float().cpu().numpy()
                     mine.append(pairs[: len(numbers)])
                 shares = ranks.gather(np.concatenate(mine) if mine else np.zeros((0, 2), np.float32))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ftdist import rundir, schema
+from ftdist import rundir, schema, start
 from ftdist.errors import FAILED, OK, USAGE, Failed, UserError
 from ftdist.spectrum import reader
 
@@ -103,22 +103,27 @@ def recorded(values: dict[str, Any]) -> list[str]:
     return found
 
 
-def retention_data(config: dict[str, Any]) -> dict[str, str]:
+def retention_data(config: dict[str, Any], run_dir: Path) -> dict[str, str]:
     """Name → folder of the sets of `eval.retention`, prepared as the run trains: its template, its longest rows."""
-    tokenizer = Path(config["model"]["path"])
+    tokenizer = _tokenizer(config, run_dir)
     template, longest = config["data"]["chat_template"], config["train"]["max_length"]
     return {
-        name: str(_prepared(Path(config["run_dir"]), config, tokenizer, longest, data, "eval.retention", template))
+        name: str(_prepared(run_dir, config, tokenizer, longest, data, "eval.retention", template))
         for name, data in retention_sets(config["eval"]["retention"]).items()
     }
 
 
-def refuse_preferences(config: dict[str, Any]) -> None:
+def refuse_preferences(config: dict[str, Any], run_dir: Path) -> None:
     """UserError if the evaluation after training would find no pairs in `eval.preferences`."""
     named = config["eval"]["preferences"]
     if named and config["eval"]["samples"]:
-        tokenizer, longest = Path(config["model"]["path"]), config["train"]["max_length"]
-        _prepared(Path(config["run_dir"]), config, tokenizer, longest, named, "eval.preferences")
+        longest = config["train"]["max_length"]
+        _prepared(run_dir, config, _tokenizer(config, run_dir), longest, named, "eval.preferences")
+
+
+def _tokenizer(config: dict[str, Any], run_dir: Path) -> Path:
+    """Of the model that a run starts from: an adapter that goes on has brought its own."""
+    return start.adapter(run_dir) or Path(config["model"]["path"])
 
 
 def refuse_overlap(values: dict[str, Any], prepared: Path, model: dict[str, Any], retention: dict[str, str]) -> None:

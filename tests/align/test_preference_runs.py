@@ -105,6 +105,13 @@ def test_cached_is_live_where_every_weight_is_trained(trained):
         assert {k: planned[k] for k in ("weights", "optimizer")} == {k: tensors[k] for k in ("weights", "optimizer")}
 
 
+def test_a_copy_computes_in_the_precision_of_the_policy(trained):
+    """Autocast too, where weights stay in float32: at the start both are the same model, to the bit."""
+    half = ("train.bf16=true", "train.max_steps=1")
+    first = steps(trained("full", "single", "task.reference=copy", *half))[0]
+    assert (first["rewards/chosen"], first["rewards/rejected"]) == (0, 0)
+
+
 def test_columns_are_the_bases_own_log_probabilities(trained, model):
     import torch
     from transformers import AutoModelForCausalLM

@@ -48,6 +48,15 @@ def test_a_value_of_training():
         new(metric="eval_los", direction="min").evaluated(1, {"eval_loss": 1.0})
 
 
+def test_a_value_of_training_that_is_not_logged_yet():
+    """The step does not count, and patience does not wait for it."""
+    made = new(metric="grad_norm", patience=1)
+    verdicts = [made.evaluated(step, {"eval_loss": 1.0}) for step in (1, 2)]
+    assert all(v.score is None and v.stop is None and "grad_norm has not been logged yet" in v.why_not for v in verdicts)
+    made.trained({"loss": 1.0, "grad_norm": 3.0})
+    assert made.evaluated(3, {"eval_loss": 1.0}).best
+
+
 def test_nan_is_never_the_best():
     made = new(patience=2)
     verdicts = told(made, [1.0, math.nan, math.nan])
@@ -64,10 +73,10 @@ def test_the_best_among_those_that_keep_what_they_knew():
     ]
     assert [v.best for v in verdicts] == [True, True, False, False, True]
     assert [v.score for v in verdicts] == [3.0, 2.0, None, None, 1.9]
-    assert "retention_b" in verdicts[2].forgotten and "+7.50%" in verdicts[2].forgotten
-    assert "retention_a" in verdicts[3].forgotten and made.memory.best_step == 5
+    assert "retention_b" in verdicts[2].why_not and "+7.50%" in verdicts[2].why_not
+    assert "retention_a" in verdicts[3].why_not and made.memory.best_step == 5
     nan = made.evaluated(6, {"eval_loss": 0.1, "eval_retention_a_loss": math.nan, "eval_retention_b_loss": 4.0})
-    assert nan.score is None and "retention_a" in nan.forgotten
+    assert nan.score is None and "retention_a" in nan.why_not
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from test_loss import SMALL, new, rows, token_losses, trainer
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from ftdist import compose, evaluate, forecast, job, models
+from ftdist import compose, evaluate, forecast, job, models, start
 from ftdist.align.trainer import without_dropout
 from ftdist.errors import UserError
 from ftdist.evaluate import scores
@@ -99,7 +101,7 @@ def test_refused(small, tmp_path, words, parts):
     (config,) = compose.compose("train", [*small, *words, f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(UserError) as failure:
         job.decide(config)
-        evaluate.retention_data(config)
+        evaluate.retention_data(config, tmp_path / "run")
     assert all(part in str(failure.value) for part in parts), failure.value
 
 
@@ -112,9 +114,25 @@ def test_pairs_and_texts_in_one_another_s_key(small, tmp_path):
     (config,) = compose.compose("train", [*small, *keys])
     job.decide(config)
     with pytest.raises(UserError, match=f"eval.retention={pairs}: holds pairs .* eval.preferences"):
-        evaluate.retention_data(config)
+        evaluate.retention_data(config, tmp_path / "run")
     with pytest.raises(UserError, match=f"eval.preferences={texts}: holds no pairs .* eval.retention"):
-        evaluate.refuse_preferences(config)
+        evaluate.refuse_preferences(config, tmp_path / "run")
+
+
+def test_general_data_are_read_as_an_adapter_that_goes_on_was_taught(small, chat, tmp_path, monkeypatch, environment):
+    """The Fisher's and the retention set's, with its tokenizer and template, as the training data are."""
+    monkeypatch.setenv("FTDIST_CACHE", environment["FTDIST_CACHE"])
+    run_dir = tmp_path / "run"
+    keys = ("forgetting=ewc", f"forgetting.data={chat}", "engine=single", f"run_dir={run_dir}")
+    (config,) = compose.compose("train", [*small, f"eval.retention={chat}", *keys])
+    job.decide(config)
+    shutil.copytree(config["model"]["path"], run_dir / start.FOLDER)
+    own = "{% for m in messages %}{{ m['role'] }}!{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (run_dir / start.FOLDER / "chat_template.jinja").write_text(own)
+    (run_dir / start.FOLDER / start.WEIGHTS).write_bytes(b"")
+    general = job.general_data(config, "no hash", run_dir)
+    for folder in (general, *evaluate.retention_data(config, run_dir).values()):
+        assert "!" in Path(folder, "chat_template.jinja").read_text(), folder
 
 
 def test_the_base_is_read_once_more_than_there_are_evaluations(small, tmp_path):
