@@ -120,6 +120,8 @@ def run(run_dir: Path) -> int:
             failure = job.train()
         except UserError as mistake:
             failure = Failed(str(mistake), FAILED if isinstance(mistake, slurm.Away) else USAGE)
+        except OSError as broken:  # a full disk, a quota: there is a verdict all the same
+            failure = Failed(f"{type(broken).__name__}: {broken}")
         failure, again = job.verdict(failure)
         if again is None:
             job.ended(failure)
@@ -165,15 +167,25 @@ def requeue(run_dir: Path, number: str, reason: str, seconds: float) -> int:
     """Ask SLURM, for as long as `seconds`, to start the job again, and wait for the end that comes with it."""
     print(f"{reason}: back into the queue, goes on from the checkpoint of step {newest(run_dir)}", flush=True)
     rundir.record(run_dir, None, "requeue", newest(run_dir), reason=reason, job=number)
+    heard = 0
+
+    def ask() -> str:
+        nonlocal heard
+        heard = len(_signals)
+        return slurm.requeue(slurm.own_name())
+
     try:
-        refused = slurm.patiently(lambda: slurm.requeue(slurm.own_name()), seconds)
+        refused = slurm.patiently(ask, seconds)
     except slurm.Away as away:
         refused = str(away)
     if refused:
         print(f"ftdist: not requeued ({refused}); go on with: ftdist resume {run_dir}", file=sys.stderr, flush=True)
         return STOPPED
     end = time.monotonic() + LEAVE
-    while time.monotonic() < end:  # SLURM ends this process; had it gone by itself, the job would be done, not queued
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which SLURM ends this process: it is not kept waiting
+    if "SIGTERM" in _signals[heard:]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    while time.monotonic() < end:  # had it gone by itself, the job would be done, not queued
         time.sleep(1)
     return STOPPED
 
@@ -332,7 +344,7 @@ class Job:
         reader = threading.Thread(target=_lines, args=(child, read), daemon=True)
         if read:
             reader.start()
-        began = time.monotonic()
+        began, passed_on = time.monotonic(), False
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -340,9 +352,10 @@ class Job:
                 if asked := self.asked():
                     if not trains or not (self.run_dir / stops.RUNNING).exists():
                         raise Failed(f"stopped ({asked}) outside training", STOPPED)
-                    if not (self.run_dir / stops.REQUEST).exists():
-                        stops.request(self.run_dir, asked)
+                    if not passed_on and not (self.run_dir / stops.REQUEST).exists():
                         print(f"{asked}: saving, then stopping", flush=True)
+                        self.pass_on(child, asked)
+                    passed_on = True
                 if limit is not None and time.monotonic() - began > limit:
                     return FAILED
         finally:
@@ -350,6 +363,14 @@ class Job:
                 _end(child)
             if read:
                 reader.join(5)
+
+    def pass_on(self, child: subprocess.Popen[str], asked: str) -> None:
+        """Ask the ranks to save and stop: in a file, or with a signal where it cannot be written."""
+        try:
+            stops.request(self.run_dir, asked)
+        except OSError as broken:
+            print(f"{stops.REQUEST}: {broken.strerror}; the ranks are told by SIGTERM", flush=True)
+            child.send_signal(signal.SIGTERM)
 
     def asked(self) -> str | None:
         """Why to stop: the signal that this process was sent, or what is in stop.json. SLURM is asked later what the
@@ -390,7 +411,7 @@ class Job:
         """Tell in outcome.json what the signal meant whose name the ranks have left there."""
         outcome = launcher.outcome_of(self.run_dir)
         if self.reason is not None and outcome.get("reason") in SIGNALS:
-            with contextlib.suppress(Failed, UserError), lease.guarded(self.run_dir, self.token):
+            with contextlib.suppress(Failed, UserError, OSError), lease.guarded(self.run_dir, self.token):
                 rundir.write_json(self.run_dir / "outcome.json", {**outcome, "reason": self.reason})
 
     def lost(self) -> str | None:
@@ -419,7 +440,7 @@ class Job:
             return
         name = "stopped" if failure.status == STOPPED else "failed"
         reason = self.reason or self.asked() or str(failure) if name == "stopped" else str(failure)
-        with contextlib.suppress(Failed, UserError), lease.guarded(self.run_dir, self.token):
+        with contextlib.suppress(Failed, UserError, OSError), lease.guarded(self.run_dir, self.token):
             rundir.record(self.run_dir, None, name, newest(self.run_dir), reason=reason, job=self.number)
             outcome = {"outcome": name, "reason": reason, "step": newest(self.run_dir), "status": failure.status}
             rundir.write_json(self.run_dir / "outcome.json", outcome)

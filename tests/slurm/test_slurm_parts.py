@@ -1,5 +1,6 @@
 """What surrounds a job, without a SLURM: times, names of GPUs, checks of nodes, words for states."""
 
+import errno
 import itertools
 import json
 import os
@@ -440,6 +441,40 @@ def test_a_rank_that_is_signalled_before_training(tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(text), str(tmp_path)], env=os.environ | {"RANK": "0"})
     said = launcher.first_error(tmp_path)
     assert done.returncode == 75 == said["status"] and said["signal"] == "SIGUSR1"
+
+
+def full(*_):
+    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+def test_a_request_that_cannot_be_written(in_a_job, monkeypatch, capsys):
+    """The ranks are told by a signal, and save: that the quota was used up, does not end them without it."""
+    run_dir = in_a_job.run_dir
+    (run_dir / stops.RUNNING).touch()
+    batch._signals.append("SIGUSR1")
+    monkeypatch.setattr(stops, "request", lambda *_: until((run_dir / "up").exists) or full())
+    saves = f"trap 'exit 75' TERM; touch {run_dir}/up; while true; do sleep 0.01; done"
+    assert in_a_job.follow(["bash", "-c", saves], trains=True) == 75
+    assert "stop.json: Disk quota exceeded; the ranks are told by SIGTERM" in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_a_job_in_order(in_a_job, monkeypatch, capsys):
+    run_dir = in_a_job.run_dir
+    lease.release(run_dir, in_a_job.token)
+    monkeypatch.setattr(rundir, "read_config", lambda _: {"cluster": in_a_job.cluster, "health": in_a_job.health})
+    monkeypatch.setattr(batch.Job, "train", full)
+    monkeypatch.setattr(batch.Job, "lost", lambda _: None)
+    assert batch.run(run_dir) == 1
+    assert launcher.outcome_of(run_dir)["outcome"] == "failed" and "Disk quota exceeded" in capsys.readouterr().err
+
+
+def test_a_job_that_is_requeued_ends_when_it_is_told_to(programs, tmp_path):
+    """SLURM sends SIGTERM, and would wait for KillWait until it kills."""
+    programs(scontrol="kill -TERM $PPID")
+    text = "from ftdist import batch; batch.listen(); batch.requeue(pathlib.Path(sys.argv[1]), '7', 'SIGUSR1', 9)"
+    words = [sys.executable, "-c", f"import pathlib, sys; {text}", str(tmp_path)]
+    done = subprocess.run(words, env=os.environ | {"SLURM_JOB_ID": "7"}, timeout=60)
+    assert done.returncode == -signal.SIGTERM
 
 
 def test_a_member_of_a_sweep_hears_the_signals_of_its_job(tmp_path):
