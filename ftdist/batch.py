@@ -165,8 +165,10 @@ def fruitless(run_dir: Path, number: str) -> int:
 
 def requeue(run_dir: Path, number: str, reason: str, seconds: float) -> int:
     """Ask SLURM, for as long as `seconds`, to start the job again, and wait for the end that comes with it."""
-    print(f"{reason}: back into the queue, goes on from the checkpoint of step {newest(run_dir)}", flush=True)
-    rundir.record(run_dir, None, "requeue", newest(run_dir), reason=reason, job=number)
+    step = newest(run_dir)
+    then = "begins again" if step is None else f"goes on from the checkpoint of step {step}"
+    print(f"{reason}: back into the queue, {then}", flush=True)
+    rundir.record(run_dir, None, "requeue", step, reason=reason, job=number)
     heard = 0
 
     def ask() -> str:
