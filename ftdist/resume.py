@@ -124,7 +124,9 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
             )
         before["retention"] = evaluate.retention_data(config, run_dir)
         evaluate.refuse_overlap(config["eval"], Path(before["prepared"]), config["model"], before["retention"])
-    made = job.plan(config, report=report, measured=True)
+    kept = evaluate.tokens_while_training(config, before["retention"])
+    held_out = report["validation_tokens"] + kept
+    made = job.plan(config, report=report, measured=True, held_out_tokens=held_out)
     job.write_engine(config, run_dir)
     rundir.write_json(run_dir / "plan.json", {**before, **made})
     rundir.write_yaml(run_dir / "config.yaml", config)

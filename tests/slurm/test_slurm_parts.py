@@ -18,7 +18,7 @@ import pytest
 import yaml
 from nodes import IPV6_ALONE, SCRIPT, until
 
-from ftdist import batch, follow, forecast, launcher, lease, preflight, rundir, stops, submit
+from ftdist import batch, follow, forecast, launcher, lease, preflight, resume, rundir, stops, submit
 from ftdist import job as job_module
 from ftdist import node as node_module
 from ftdist import scheduler as slurm
@@ -1249,3 +1249,22 @@ def test_a_resume_asks_for_what_its_own_plan_wants(commands, submitted, monkeypa
     rundir.write_json(submitted / "plan.json", {"total_steps": 3})
     submit.again(submitted, {"cluster": CLUSTER | {"check": False, "time": "site"}, "eval": {"samples": 0}})
     assert (folder / "sbatch.script").read_text() == "#SBATCH --mem=20G\n"
+
+
+def test_a_resume_plans_its_evaluations(tmp_path, monkeypatch):
+    """Their time is a part of what the job asks for."""
+    config = {key: {} for key in (*resume.CHANGEABLE, "stopping", "data")} | {
+        "train": {"per_device_train_batch_size": 1}
+    }
+    config |= {"cluster": {"nodes": 1}, "eval": {"retention": None}}
+    rundir.write_yaml(tmp_path / "config.yaml", config)
+    before = {"sequences_per_step": 4, "prepared": str(tmp_path), "fisher_data": None, "retention": {}}
+    rundir.write_json(tmp_path / "plan.json", before)
+    rundir.write_json(tmp_path / "data_report.json", {"validation_tokens": 70})
+    for name in ("check", "write_engine"):
+        monkeypatch.setattr(job_module, name, lambda *_: None)
+    monkeypatch.setattr(job_module, "per_node", lambda *_, **__: 1)
+    monkeypatch.setattr(resume.evaluate, "tokens_while_training", lambda *_: 7)
+    monkeypatch.setattr(job_module, "plan", lambda config, **keys: {"read": keys.get("held_out_tokens")})
+    resume.changed(tmp_path, config, here=False)
+    assert rundir.read_json(tmp_path / "plan.json")["read"] == 77
