@@ -616,10 +616,10 @@ def write_engine(config: dict[str, Any], run_dir: Path) -> None:
 
 
 def finish(run_dir: Path) -> None:
-    """What follows training: the evaluation, if rows were asked for, and the run's page."""
+    """What follows training: the evaluation, if one was asked for, and the run's page."""
     config = rundir.read_config(run_dir)
     measured(run_dir)
-    if config["eval"]["samples"]:
+    if evaluation.afterwards(config["eval"], config["stopping"]):
         evaluation.evaluate(run_dir, config["eval"])
         if config["tracking"]["name"] == "wandb":
             report.write([run_dir])

@@ -73,7 +73,8 @@ def resume(run_dir: Path, wanted: dict[str, Any]) -> None:
     """Go on with the run as `wanted` has it. A run that was only to be evaluated is evaluated."""
     with lease.held(run_dir) as token:
         if (run_dir / "final").is_dir():
-            if wanted["eval"]["samples"] and not (run_dir / "eval" / "metrics.json").is_file():
+            asked = evaluate.afterwards(wanted["eval"], wanted["stopping"])
+            if asked and not (run_dir / "eval" / "metrics.json").is_file():
                 job.conclude(run_dir, token, partial(job.finish, run_dir))
             print("nothing to train: the run is finished", flush=True)
             return

@@ -54,6 +54,18 @@ def _rules(config: dict[str, Any]) -> Iterator[tuple[str, bool, str]]:
         strategy != "steps",
         f"not read with train.eval_strategy={strategy}; set train.eval_strategy=steps, or leave it out",
     )
+    chooses = stopping["patience"] is not None or stopping["restore_best"] or config["checkpoint"]["keep_best"]
+    yield (
+        "stopping.max_forgetting",
+        not chooses,
+        "says which step may be the best, and nothing asks for that; set stopping.restore_best=true, or "
+        "stopping.patience=N",
+    )
+    yield (
+        "stopping.metric stopping.direction",
+        not chooses and schedule not in judge.PLATEAUS,
+        "says which step is the best, and nothing asks for that; set stopping.restore_best=true or stopping.patience=N",
+    )
     yield "stopping.min_delta", stopping["patience"] is None, "read by stopping.patience alone; set that too"
     yield (
         "stopping.overfitting_rise",

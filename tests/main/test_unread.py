@@ -14,6 +14,7 @@ EWC = ("forgetting=ewc",)
 BASES = {  # words, and values besides
     "sft": ((), {}),
     "never": ((), NEVER),
+    "general": ((), {"eval.retention": "x"}),
     "retained": ((), {"eval.retention": "x"} | NEVER),
     "plateau": ((), {"train.lr_scheduler_type": "reduce_lr_on_plateau", "train.warmup_steps": 0}),
     "constant": ((), {"train.lr_scheduler_type": "constant"}),
@@ -56,6 +57,9 @@ def config():
         ("never", "checkpoint.keep_best", 1, "nothing is evaluated"),
         ("never", "train.eval_steps", 5, "nothing is evaluated"),
         ("sft", "train.eval_steps", 5, "not read with train.eval_strategy=epoch"),
+        ("general", "stopping.max_forgetting", 0.1, "nothing asks for that; set stopping.restore_best=true"),
+        ("sft", "stopping.metric", "loss", "nothing asks for that; set stopping.restore_best=true"),
+        ("sft", "stopping.direction", "min", "nothing asks for that; set stopping.restore_best=true"),
         ("sft", "stopping.min_delta", 0.1, "stopping.patience"),
         ("plateau", "train.warmup_steps", 10, "set train.warmup_steps=0"),
         ("constant", "train.warmup_steps", 0.1, "constant_with_warmup"),
