@@ -147,8 +147,8 @@ def _reference_bytes(config: dict[str, Any], held: tuple[Held, ...], facts: dict
     dtype = config["model"]["dtype"]
     width = WIDTH[facts["loaded"] if dtype == "auto" else dtype]
     if other is not None:
-        path = str(start.shapes_directory(other)) if start.is_run(other) else other
         try:
+            path = str(start.shapes_directory(other)) if start.is_run(other) else other
             known = model_shapes(path, None, revision=None, trust_remote_code=config["model"]["trust_remote_code"])
         except UserError as failure:
             raise UserError(str(failure).replace("model.path=", "task.reference_model="))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -91,6 +91,15 @@ def refuse(keys: Mapping[str, Any], engine: str, peft: Mapping[str, Any] | None,
     for key in ("fisher", "earlier"):
         if look and keys[key] is not None:
             read(keys[key], f"forgetting.{key}")
+
+
+def refuse_no_matrices(keys: Mapping[str, Any], others: Iterable[str]) -> None:
+    """UserError for the first of `others`: what is trained and is no LoRA matrix of a linear module (drift form)."""
+    for name in others if keys["adapters"] == "drift" else ():
+        raise UserError(
+            f"forgetting.adapters=drift: {name} would be trained and is no linear module with a LoRA; leave it out of "
+            "strategy.targets, or use forgetting.adapters=plain"
+        )
 
 
 def said(keys: Mapping[str, Any], adapters: bool) -> str:

@@ -27,6 +27,7 @@ from ftdist import (
     page,
     report,
     rundir,
+    schedule,
     schema,
     start,
     stops,
@@ -181,7 +182,7 @@ def plan(
     """
     from ftdist.plan.advice import advice
     from ftdist.plan.refuse import refuse
-    from ftdist.plan.trainable import trainable_parameters
+    from ftdist.plan.trainable import trainable_parameters, trained_tensors
 
     dpo = config["task"]["name"] == "dpo"
     if is_preference(config["data"]) and not dpo:
@@ -240,6 +241,10 @@ def plan(
     forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
         forgetting.refuse(config["forgetting"], engine, recipe.peft, shapes.model_type, look=not measured)
+        if recipe.peft is not None:
+            made_here, unfrozen = trained_tensors(shapes, peft=dict(recipe.peft), trainable=None)
+            others = [*(name for name in made_here if name not in shapes.architecture.linear), *unfrozen]
+            forgetting.refuse_no_matrices(config["forgetting"], others)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if report is not None:
@@ -543,7 +548,8 @@ def _progress(run_dir: Path) -> tuple[list[int], list[int]]:
 def freeze(config: dict[str, Any], run_dir: Path) -> None:
     """Prepare model files and data, then write down everything that the ranks will read, config.yaml last."""
     rundir.write_json(run_dir / ASKED, config)
-    model = config["model"]
+    model, train = config["model"], config["train"]
+    schedule.check(train["lr_scheduler_type"], train.get("lr_scheduler_kwargs") or {}, train["learning_rate"])
     start.settle(model, run_dir)
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
@@ -672,7 +678,10 @@ def other_reference(config: dict[str, Any], run_dir: Path) -> dict[str, Any] | N
     if task.get("reference_model") is None:
         return None
     path = task["reference_model"]
-    directory = str(start.whole(path)) if start.is_run(path) else models.local_path(path, None)
+    try:
+        directory = str(start.whole(path)) if start.is_run(path) else models.local_path(path, None)
+    except UserError as failure:
+        raise UserError(str(failure).replace("model.path=", "task.reference_model="))
     own = str(start.adapter(run_dir) or model["path"])
     start.same_tokenizer(own, directory, "task.reference_model", model["trust_remote_code"])
     task["reference_model"] = directory

@@ -83,6 +83,11 @@ def _rules(config: dict[str, Any]) -> Iterator[tuple[str, bool, str]]:
         schedule in WITHOUT_KEYWORDS,
         f"train.lr_scheduler_type={schedule} takes none; leave it out",
     )
+    yield (
+        "train.lr_scheduler_kwargs",
+        schedule in judge.PLATEAUS and "mode" in (train.get("lr_scheduler_kwargs") or {}),
+        "whether lower or higher is better is said by stopping.direction; leave mode out",
+    )
     yield "data.replay_repeats", config["data"]["replay"] is None, "of which data? set data.replay=FILE too"
     yield "eval.retention_overlap", not config["eval"]["retention"], "of which data? set eval.retention=FILE too"
     if task["name"] == "dpo":

@@ -62,6 +62,11 @@ def test_adapters_on_transposed_modules_are_refused_by_the_plan():
         forgetting.refuse(config["forgetting"], "single", {"r": 4}, "gpt2", look=False)
 
 
+def test_an_adapter_that_is_no_matrix_of_a_linear_module_is_refused_by_the_plan(refused):
+    words = ("strategy=lora", "strategy.targets=[embed_tokens,q_proj]")
+    refused((*ON, *words), "forgetting.adapters=drift", "embed_tokens", "strategy.targets")
+
+
 def test_a_fisher_of_another_model_or_a_broken_one(refused, model, tmp_path):
     other = changed(model, tmp_path / "other")
     folder = tmp_path / "run" / "fisher"

@@ -64,6 +64,7 @@ def config():
         ("plateau", "train.warmup_steps", 10, "set train.warmup_steps=0"),
         ("constant", "train.warmup_steps", 0.1, "constant_with_warmup"),
         ("constant", "train.lr_scheduler_kwargs", {"a": 1}, "takes none"),
+        ("plateau", "train.lr_scheduler_kwargs", {"mode": "min"}, "stopping.direction"),
         ("sft", "data.replay_repeats", 3, "set data.replay=FILE"),
         ("sft", "eval.retention_overlap", "warn", "set eval.retention=FILE"),
         ("dpo", "data.mask", "all", "leave it out"),
