@@ -719,10 +719,15 @@ def general_data(config: dict[str, Any], model: str, run_dir: Path) -> str | Non
         if keys["name"] == "ewc":
             print(forgetting.said(keys, False), flush=True)
         return None
+    if keys["earlier"] is not None or keys["fisher"] is not None:
+        going_on = forgetting.begins(run_dir)
+        peft = recipe_of(config, shapes_of(config["model"]), measured=False).peft
+        start_here = model, config["model"]["path"], going_on
+        own = forgetting.of_adapters(keys, peft, config["seed"], going_on)
     if keys["earlier"] is not None:
-        forgetting.refuse_a_stranger(keys["earlier"], model, config["model"]["path"])
+        forgetting.refuse_a_stranger(keys["earlier"], *start_here, own)
     if keys["fisher"] is not None:
-        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"], forgetting.begins(run_dir))
+        forgetting.refuse_another_model(keys["fisher"], *start_here, own)
         return None
     data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
     data |= {"replay": None, "replay_share": None, "format": "auto", "columns": {}, "mask": "auto"}
