@@ -15,6 +15,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
+from ftdist import evaluate as evaluation
 from ftdist import forgetting, launcher, rundir, start
 from ftdist import scheduler as slurm
 from ftdist.errors import UserError
@@ -119,7 +120,7 @@ def case_of(config: dict[str, Any], shapes: Shapes, recipe: Recipe, facts: dict[
         dropout=0.0 if dpo and config["task"]["disable_dropout"] else float((peft or {}).get("lora_dropout") or 0.0),
         eval_batch=train["per_device_eval_batch_size"] * (2 if dpo else 1),
         generation=(config["eval"]["batch_size"], config["eval"]["max_new_tokens"])
-        if config["eval"]["samples"]
+        if evaluation.afterwards(config["eval"], config["stopping"])
         else None,
         answers=(min(config["eval"]["batch_size"], math.ceil(during / world)), config["eval"]["max_new_tokens"])
         if (during := config["eval"]["during"])
@@ -146,8 +147,8 @@ def _reference_bytes(config: dict[str, Any], held: tuple[Held, ...], facts: dict
     dtype = config["model"]["dtype"]
     width = WIDTH[facts["loaded"] if dtype == "auto" else dtype]
     if other is not None:
-        path = str(start.shapes_directory(other)) if start.is_run(other) else other
         try:
+            path = str(start.shapes_directory(other)) if start.is_run(other) else other
             known = model_shapes(path, None, revision=None, trust_remote_code=config["model"]["trust_remote_code"])
         except UserError as failure:
             raise UserError(str(failure).replace("model.path=", "task.reference_model="))

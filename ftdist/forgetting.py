@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,6 +93,15 @@ def refuse(keys: Mapping[str, Any], engine: str, peft: Mapping[str, Any] | None,
             read(keys[key], f"forgetting.{key}")
 
 
+def refuse_no_matrices(keys: Mapping[str, Any], others: Iterable[str]) -> None:
+    """UserError for the first of `others`: what is trained and is no LoRA matrix of a linear module (drift form)."""
+    for name in others if keys["adapters"] == "drift" else ():
+        raise UserError(
+            f"forgetting.adapters=drift: {name} would be trained and is no linear module with a LoRA; leave it out of "
+            "strategy.targets, or use forgetting.adapters=plain"
+        )
+
+
 def said(keys: Mapping[str, Any], adapters: bool) -> str:
     """What is on, for the plan and the log."""
     if keys["strength"] == 0:
@@ -146,10 +155,35 @@ def begins(run_dir: Path) -> str | None:
     return reader.digest(going_on / start.WEIGHTS) if going_on else None
 
 
-def refuse_another_model(path: str, model: str, model_path: str, adapter: str | None) -> None:
+def of_adapters(
+    keys: Mapping[str, Any], peft: Mapping[str, Any] | None, seed: int, going_on: str | None
+) -> dict[str, Any]:
+    """Whose weights A and B are, in the plain form: what makes them, and the seed of those that begin here."""
+    plain = peft is not None and keys["adapters"] == "plain"
+    made = json.loads(json.dumps(peft, default=str)) if plain else None
+    return {"adapters": made, "seed": seed if plain and going_on is None else None}
+
+
+def _refuse_other_adapters(key: str, kept: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """UserError unless a Fisher is of such adapters. Their dropout changes no weight, and is off while measuring."""
+    before, now = kept["adapters"], own["adapters"]
+    if (before is None) != (now is None):
+        form = "of the model's own weights" if before is None else "of adapters (plain)"
+        raise UserError(f"{key}: a Fisher {form}, which is not what is held here; measure with forgetting.data")
+    pairs = [(name, before.get(name), now.get(name)) for name in {**before, **now}] if now is not None else []
+    pairs.append(("seed", kept.get("seed"), own["seed"]))
+    for name, old, new in pairs:
+        if name != "lora_dropout" and old != new:
+            raise UserError(
+                f"{key}: its adapters had {name}={old}, these have {new}, so that A and B are other weights; use the "
+                "same, or measure with forgetting.data"
+            )
+
+
+def refuse_another_model(path: str, model: str, model_path: str, adapter: str | None, own: Mapping[str, Any]) -> None:
     """UserError unless the Fisher at `path` was measured on the model whose identity is `model`.
 
-    adapter: the identity of the one that goes on, if one does.
+    adapter: the identity of the one that goes on, if one does; own: `of_adapters`.
     """
     kept = read(path, "forgetting.fisher")["fisher"]
     if kept["model"] == model and kept["start"] != adapter:
@@ -162,6 +196,7 @@ def refuse_another_model(path: str, model: str, model_path: str, adapter: str | 
             f"forgetting.fisher={path}: measured on another model ({kept['model_path']}, not {model_path}: other "
             "weight files); measure it on this one with forgetting.data"
         )
+    _refuse_other_adapters(f"forgetting.fisher={path}", kept, own)
 
 
 def ancestors(directory: str) -> Iterator[str]:
@@ -181,14 +216,20 @@ def ancestors(directory: str) -> Iterator[str]:
         folder = Path(base["path"])
 
 
-def refuse_a_stranger(path: str, model: str, model_path: str) -> None:
-    """UserError unless the Fisher at `path` is of the model whose identity is `model`, or of one that it comes from."""
+def refuse_a_stranger(path: str, model: str, model_path: str, adapter: str | None, own: Mapping[str, Any]) -> None:
+    """UserError unless the Fisher at `path` is of the model whose identity is `model`, or of one that it comes from.
+
+    adapter, own: as above; an adapter that goes on may have begun with another seed.
+    """
     kept = read(path, "forgetting.earlier")["fisher"]
     if kept["model"] not in (model, *ancestors(model_path)):
         raise UserError(
             f"forgetting.earlier={path}: measured on {kept['model_path']}, from whose weights {model_path} does not "
             "come, as far as runs tell; set model.path=RUN, a run that began there, or measure with forgetting.data"
         )
+    _refuse_other_adapters(
+        f"forgetting.earlier={path}", kept, own if adapter is None else {**own, "seed": kept.get("seed")}
+    )
 
 
 def facts(
@@ -197,6 +238,7 @@ def facts(
     keys: Mapping[str, Any],
     quantization: Mapping[str, Any] | None,
     peft: Mapping[str, Any] | None,
+    seed: int,
 ) -> dict[str, Any]:
     """What a Fisher is of: the weights, the data, and whatever else changes gradients at the start."""
     base = json.loads((run_dir / bases.FILE).read_text(encoding="utf-8"))
@@ -206,7 +248,7 @@ def facts(
         "data": Path(plan["fisher_data"]).name if plan["fisher_data"] else None,
         "precision": plan["precision"],
         "quantization": quantization,
-        "adapters": dict(peft) if peft and keys["adapters"] == "plain" else None,
+        **of_adapters(keys, peft, seed, begins(run_dir)),
         "start": begins(run_dir),
         "loaded": plan["loaded"],
     }

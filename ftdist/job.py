@@ -27,6 +27,7 @@ from ftdist import (
     page,
     report,
     rundir,
+    schedule,
     schema,
     start,
     stops,
@@ -181,7 +182,7 @@ def plan(
     """
     from ftdist.plan.advice import advice
     from ftdist.plan.refuse import refuse
-    from ftdist.plan.trainable import trainable_parameters
+    from ftdist.plan.trainable import trainable_parameters, trained_tensors
 
     dpo = config["task"]["name"] == "dpo"
     if is_preference(config["data"]) and not dpo:
@@ -240,6 +241,10 @@ def plan(
     forgets = config["forgetting"]["name"] != "none"
     if forgetting.is_on(config["forgetting"]):
         forgetting.refuse(config["forgetting"], engine, recipe.peft, shapes.model_type, look=not measured)
+        if recipe.peft is not None:
+            made_here, unfrozen = trained_tensors(shapes, peft=dict(recipe.peft), trainable=None)
+            others = [*(name for name in made_here if name not in shapes.architecture.linear), *unfrozen]
+            forgetting.refuse_no_matrices(config["forgetting"], others)
     by_type = trainable_parameters(shapes, peft=dict(recipe.peft) if recipe.peft else None, trainable=recipe.trainable)
     guess = None
     if report is not None:
@@ -543,7 +548,8 @@ def _progress(run_dir: Path) -> tuple[list[int], list[int]]:
 def freeze(config: dict[str, Any], run_dir: Path) -> None:
     """Prepare model files and data, then write down everything that the ranks will read, config.yaml last."""
     rundir.write_json(run_dir / ASKED, config)
-    model = config["model"]
+    model, train = config["model"], config["train"]
+    schedule.check(train["lr_scheduler_type"], train.get("lr_scheduler_kwargs") or {}, train["learning_rate"])
     start.settle(model, run_dir)
     model["path"] = models.local_path(model["path"], model["revision"])
     shapes_of(model, need_weights=True)
@@ -616,10 +622,10 @@ def write_engine(config: dict[str, Any], run_dir: Path) -> None:
 
 
 def finish(run_dir: Path) -> None:
-    """What follows training: the evaluation, if rows were asked for, and the run's page."""
+    """What follows training: the evaluation, if one was asked for, and the run's page."""
     config = rundir.read_config(run_dir)
     measured(run_dir)
-    if config["eval"]["samples"]:
+    if evaluation.afterwards(config["eval"], config["stopping"]):
         evaluation.evaluate(run_dir, config["eval"])
         if config["tracking"]["name"] == "wandb":
             report.write([run_dir])
@@ -672,7 +678,10 @@ def other_reference(config: dict[str, Any], run_dir: Path) -> dict[str, Any] | N
     if task.get("reference_model") is None:
         return None
     path = task["reference_model"]
-    directory = str(start.whole(path)) if start.is_run(path) else models.local_path(path, None)
+    try:
+        directory = str(start.whole(path)) if start.is_run(path) else models.local_path(path, None)
+    except UserError as failure:
+        raise UserError(str(failure).replace("model.path=", "task.reference_model="))
     own = str(start.adapter(run_dir) or model["path"])
     start.same_tokenizer(own, directory, "task.reference_model", model["trust_remote_code"])
     task["reference_model"] = directory
@@ -710,10 +719,15 @@ def general_data(config: dict[str, Any], model: str, run_dir: Path) -> str | Non
         if keys["name"] == "ewc":
             print(forgetting.said(keys, False), flush=True)
         return None
+    if keys["earlier"] is not None or keys["fisher"] is not None:
+        going_on = forgetting.begins(run_dir)
+        peft = recipe_of(config, shapes_of(config["model"]), measured=False).peft
+        start_here = model, config["model"]["path"], going_on
+        own = forgetting.of_adapters(keys, peft, config["seed"], going_on)
     if keys["earlier"] is not None:
-        forgetting.refuse_a_stranger(keys["earlier"], model, config["model"]["path"])
+        forgetting.refuse_a_stranger(keys["earlier"], *start_here, own)
     if keys["fisher"] is not None:
-        forgetting.refuse_another_model(keys["fisher"], model, config["model"]["path"], forgetting.begins(run_dir))
+        forgetting.refuse_another_model(keys["fisher"], *start_here, own)
         return None
     data = {**config["data"], "path": keys["data"], "validation": None, "validation_share": 0.0, "against": None}
     data |= {"replay": None, "replay_share": None, "format": "auto", "columns": {}, "mask": "auto"}

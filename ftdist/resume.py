@@ -73,7 +73,8 @@ def resume(run_dir: Path, wanted: dict[str, Any]) -> None:
     """Go on with the run as `wanted` has it. A run that was only to be evaluated is evaluated."""
     with lease.held(run_dir) as token:
         if (run_dir / "final").is_dir():
-            if wanted["eval"]["samples"] and not (run_dir / "eval" / "metrics.json").is_file():
+            asked = evaluate.afterwards(wanted["eval"], wanted["stopping"])
+            if asked and not (run_dir / "eval" / "metrics.json").is_file():
                 job.conclude(run_dir, token, partial(job.finish, run_dir))
             print("nothing to train: the run is finished", flush=True)
             return
@@ -117,12 +118,10 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
                 "and the files are not what they were; bring them back to go on"
             )
     if config["eval"]["retention"] != sets or not all(Path(folder).is_dir() for folder in before["retention"].values()):
-        if config["eval"]["retention"] != sets and config["stopping"]["max_forgetting"] is not None:
-            raise UserError(
-                f"eval.retention={config['eval']['retention']}: stopping.max_forgetting compares {sets} with the base, "
-                "whom this run has left behind; use that to go on"
-            )
-        before["retention"] = evaluate.retention_data(config, run_dir)
+        now = evaluate.retention_data(config, run_dir)
+        if evaluate.retention_while_training(config["eval"], config["stopping"]):
+            refuse_other_sets(config["eval"]["retention"], before["retention"], now)
+        before["retention"] = now
         evaluate.refuse_overlap(config["eval"], Path(before["prepared"]), config["model"], before["retention"])
     kept = evaluate.tokens_while_training(config, before["retention"])
     held_out = report["validation_tokens"] + kept
@@ -130,6 +129,15 @@ def changed(run_dir: Path, wanted: dict[str, Any], here: bool = True) -> None:
     job.write_engine(config, run_dir)
     rundir.write_json(run_dir / "plan.json", {**before, **made})
     rundir.write_yaml(run_dir / "config.yaml", config)
+
+
+def refuse_other_sets(named: Any, before: dict[str, str], now: dict[str, str]) -> None:
+    """UserError if general data are not those on which the base was measured. before, now: name → prepared folder."""
+    if {name: Path(folder).name for name, folder in now.items()} != {n: Path(f).name for n, f in before.items()}:
+        raise UserError(
+            f"eval.retention={named}: other data than those on which the base was measured before the first step, and "
+            "this run has left the base behind; bring those back to go on"
+        )
 
 
 def rebatch(rows: int, world: int, micro_batch: int) -> tuple[int, int]:

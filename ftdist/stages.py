@@ -14,6 +14,7 @@ from ftdist.errors import UserError
 from ftdist.evaluate import tables
 
 OWN = r"\+*(experiment|model|data|run_dir|then)(\.\w+)*="  # words of the command line that the first run alone has
+NOT_THERE = r"\+*(run_dir|resume|model(?!\.adapter=)(\.\w+)*)="  # words without a meaning in `then`
 SHOWN = ("preference_accuracy", "reward_accuracy", "exact_match", "extracted_match", "loss")
 
 
@@ -31,6 +32,10 @@ def of(verb: str, config: dict[str, Any], argv: list[str]) -> list[dict[str, Any
     folder = Path(config["run_dir"] or rundir.fresh_name(config["model"]["path"], config["strategy"]["name"]))
     found = [config]
     while found[-1]["then"]:
+        for word in found[-1]["then"]:
+            if re.match(NOT_THERE, word):
+                raise UserError(f"then: {word}: not read, what follows has the model, the folder and the resume of the "
+                                "run before it; leave it out")  # fmt: skip
         following = compose.compose(verb, [*found[-1]["then"], *shared])
         if len(following) != 1 or any(word in ("-m", "--multirun") for word in argv):
             raise UserError("then: runs that follow one another are not swept; leave out -m")
@@ -93,7 +98,7 @@ def table(runs: list[Path]) -> str:
             columns[f"after {run_dir.name}"] = metrics["tuned"]
     names = [name for name in SHOWN if any(values.get(name) is not None for values in columns.values())]
     if not names:
-        return "nothing was evaluated (eval.samples=0)"
+        return "nothing was evaluated after training (eval.samples=0)"
     width = max(map(len, names))
     head = f"{'held out':<{width}}" + "".join(f"{title:>16}" for title in columns)
     lines = [

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ftdist import follow, job, lease, resume, rundir, schema
+from ftdist import evaluate, follow, job, lease, resume, rundir, schema
 from ftdist import scheduler as slurm
 from ftdist.errors import OK, UserError
 
@@ -56,7 +56,7 @@ def _again(run_dir: Path, config: dict[str, Any]) -> bool:
         return False
     with lease.held(run_dir):
         done = (run_dir / "final").is_dir() and (
-            not config["eval"]["samples"] or (run_dir / "eval" / "metrics.json").is_file()
+            not evaluate.afterwards(config["eval"], config["stopping"]) or (run_dir / "eval" / "metrics.json").is_file()
         )
         if not done and not (run_dir / "final").is_dir():
             resume.changed(run_dir, config, here=False)

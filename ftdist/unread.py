@@ -54,6 +54,18 @@ def _rules(config: dict[str, Any]) -> Iterator[tuple[str, bool, str]]:
         strategy != "steps",
         f"not read with train.eval_strategy={strategy}; set train.eval_strategy=steps, or leave it out",
     )
+    chooses = stopping["patience"] is not None or stopping["restore_best"] or config["checkpoint"]["keep_best"]
+    yield (
+        "stopping.max_forgetting",
+        not chooses,
+        "says which step may be the best, and nothing asks for that; set stopping.restore_best=true, or "
+        "stopping.patience=N",
+    )
+    yield (
+        "stopping.metric stopping.direction",
+        not chooses and schedule not in judge.PLATEAUS,
+        "says which step is the best, and nothing asks for that; set stopping.restore_best=true or stopping.patience=N",
+    )
     yield "stopping.min_delta", stopping["patience"] is None, "read by stopping.patience alone; set that too"
     yield (
         "stopping.overfitting_rise",
@@ -70,6 +82,11 @@ def _rules(config: dict[str, Any]) -> Iterator[tuple[str, bool, str]]:
         "train.lr_scheduler_kwargs",
         schedule in WITHOUT_KEYWORDS,
         f"train.lr_scheduler_type={schedule} takes none; leave it out",
+    )
+    yield (
+        "train.lr_scheduler_kwargs",
+        schedule in judge.PLATEAUS and "mode" in (train.get("lr_scheduler_kwargs") or {}),
+        "whether lower or higher is better is said by stopping.direction; leave mode out",
     )
     yield "data.replay_repeats", config["data"]["replay"] is None, "of which data? set data.replay=FILE too"
     yield "eval.retention_overlap", not config["eval"]["retention"], "of which data? set eval.retention=FILE too"

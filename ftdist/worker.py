@@ -143,7 +143,7 @@ def train(run_dir: Path) -> int:
             run_dir,
             lambda: rows_of(Path(plan["fisher_data"]) / "train"),
             partial(meter.during, "fisher"),
-            forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft),
+            forgetting.facts(run_dir, plan, config["forgetting"], recipe.quantization, recipe.peft, config["seed"]),
             **schema.pick(ewc.Consolidation.__init__, config["forgetting"]),
         )
     if plan["stage"] and trainer.accelerator.distributed_type.value != "DEEPSPEED":

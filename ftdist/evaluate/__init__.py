@@ -83,6 +83,13 @@ def retention_while_training(values: dict[str, Any], stopping: dict[str, Any]) -
     return bool(values["retention"]) and (values["retention_during"] or needed)
 
 
+def afterwards(values: dict[str, Any], stopping: dict[str, Any]) -> bool:
+    """Whether training is followed by an evaluation: answers, pairs or tasks are asked for, or sets that are not
+    measured while training."""
+    sets = values["retention"] and not retention_while_training(values, stopping)
+    return bool(values["samples"] or values["preferences"] or values["lm_eval"] or sets)
+
+
 def tokens_while_training(config: dict[str, Any], retention: dict[str, str]) -> int:
     """Tokens of the retention sets that every evaluation reads."""
     if not retention_while_training(config["eval"], config["stopping"]):
@@ -116,7 +123,7 @@ def retention_data(config: dict[str, Any], run_dir: Path) -> dict[str, str]:
 def refuse_preferences(config: dict[str, Any], run_dir: Path) -> None:
     """UserError if the evaluation after training would find no pairs in `eval.preferences`."""
     named = config["eval"]["preferences"]
-    if named and config["eval"]["samples"]:
+    if named:
         longest = config["train"]["max_length"]
         _prepared(run_dir, config, _tokenizer(config, run_dir), longest, named, "eval.preferences")
 

@@ -23,7 +23,7 @@ def recorded(config: dict[str, Any]) -> list[str]:
     names = [*judge.TRAINING, "tokens", "memory_gib"]
     if config["train"]["eval_strategy"] != "no":
         names += [f"eval_{name}" for name in ("loss", "perplexity", *evaluation.recorded(wanted))]
-    if wanted["samples"]:
+    if evaluation.afterwards(wanted, config["stopping"]):
         answers = evaluation.recorded({**wanted, "during": wanted["samples"]})
         names += [TUNED + name for name in ("loss", "perplexity", *answers)]
     return names
@@ -32,7 +32,7 @@ def recorded(config: dict[str, Any]) -> list[str]:
 def check(name: str, config: dict[str, Any]) -> None:
     """UserError where nothing would record the objective."""
     wanted, names = config["eval"], recorded(config)
-    if name.startswith(TUNED) and not wanted["samples"]:
+    if name.startswith(TUNED) and not evaluation.afterwards(wanted, config["stopping"]):
         raise UserError(f"sweep.objective={name}: nothing is evaluated after training; set eval.samples=200")
     if name.startswith("eval_") and config["train"]["eval_strategy"] == "no":
         raise UserError(f"sweep.objective={name}: train.eval_strategy=no evaluates nothing; use epoch or steps")

@@ -34,6 +34,15 @@ def test_what_a_task_refuses_before_anything_is_read(words, more, said):
         job.plan(config)
 
 
+def test_an_unfinished_run_as_a_reference_is_named_as_one(words, tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    (config,) = compose.compose("plan", [*words("lora", "single"), f"task.reference_model={tmp_path}"])
+    job.decide(config)
+    for asked in (job.plan, lambda config: job.other_reference(config, tmp_path / "run")):
+        with pytest.raises(UserError, match=f"^task.reference_model={tmp_path}: .*not finished"):
+            asked(config)
+
+
 def test_identical_answers_are_rejected_and_counted(run, words, pairs, tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(pairs.read_text() + json.dumps({"prompt": "x", "chosen": "a", "rejected": "a"}) + "\n")

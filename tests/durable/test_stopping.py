@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
+from ftdist import schedule
+from ftdist.errors import UserError
 from ftdist.judge import PLATEAUS
 
 WORDS = [a + b for a in ("am", "bir", "ced", "du", "em", "fjo", "gro") for b in ("ber", "ch", "ar", "ne", "rd", "ve")]
@@ -93,6 +95,21 @@ def test_norms_and_biases_do_not_decay(words, untouched, model, engine):
 
 KEYWORDS = {"warmup_stable_decay": {"num_decay_steps": 3}, "cosine_with_min_lr": {"min_lr": 1e-5},
             "cosine_warmup_with_min_lr": {"min_lr": 1e-5}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "words"),
+    [("cosine", {"bogus": 2}, "{'bogus': 2}: .*cosine takes no bogus; it takes num_cycles"),
+     ("linear", {"num_cycles": 2}, ".*takes no num_cycles; it takes none"),
+     ("reduce_lr_on_plateau", {"factor": 2}, "{'factor': 2}: .*Factor should be < 1.0.*patience"),
+     ("cosine_with_min_lr", {}, "{}: .*min_lr"),
+     ("warmup_stable_decay", {}, "{}: .*num_decay_steps")],
+)  # fmt: skip
+def test_keywords_of_a_schedule_are_refused_before_anything_is_launched(name, keywords, words):
+    schedule.check("cosine", {}, 0.1)
+    schedule.check("greedy", {"patience": 2}, 0.1)
+    with pytest.raises(UserError, match=rf"train\.lr_scheduler_kwargs={words}"):
+        schedule.check(name, keywords, 0.1)
 
 
 @pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])

@@ -1,5 +1,6 @@
 """What `forgetting=` refuses, through the command line's own function."""
 
+import contextlib
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from ftdist import base, cli, compose, forgetting
 from ftdist.errors import UserError
 
+NONE = {"adapters": None, "seed": None, "start": None}  # of a run without adapters
 ON = ("forgetting=ewc", "forgetting.data=demo.jsonl", "engine=single")
 
 
@@ -62,6 +64,11 @@ def test_adapters_on_transposed_modules_are_refused_by_the_plan():
         forgetting.refuse(config["forgetting"], "single", {"r": 4}, "gpt2", look=False)
 
 
+def test_an_adapter_that_is_no_matrix_of_a_linear_module_is_refused_by_the_plan(refused):
+    words = ("strategy=lora", "strategy.targets=[embed_tokens,q_proj]")
+    refused((*ON, *words), "forgetting.adapters=drift", "embed_tokens", "strategy.targets")
+
+
 def test_a_fisher_of_another_model_or_a_broken_one(refused, model, tmp_path):
     other = changed(model, tmp_path / "other")
     folder = tmp_path / "run" / "fisher"
@@ -93,10 +100,34 @@ def test_an_earlier_fisher_is_of_this_model_or_of_one_that_it_comes_from(refused
     (exported / "ftdist_export.json").write_text(json.dumps({"run": str(second)}))
     for directory in (other, run / "final", exported):
         identity = forgetting.identity(base.fingerprint(str(directory))["files"])
-        forgetting.refuse_a_stranger(str(run), identity, str(directory))
+        forgetting.refuse_a_stranger(str(run), identity, str(directory), None, NONE)
     with pytest.raises(UserError, match=r"forgetting\.earlier=.*does not come"):
         identity = forgetting.identity(base.fingerprint(str(model))["files"])
-        forgetting.refuse_a_stranger(str(run), identity, str(model))
+        forgetting.refuse_a_stranger(str(run), identity, str(model), None, NONE)
+
+
+LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}
+
+
+@pytest.mark.parametrize(
+    ("peft", "seed", "said"),
+    [(LORA, 1, None), (LORA | {"lora_dropout": 0.1}, 1, None), (LORA, 2, "seed=1, these have 2"),
+     (LORA | {"lora_alpha": 8}, 1, "lora_alpha=16, these have 8"), (LORA | {"use_rslora": True}, 1, "use_rslora"),
+     (None, 1, r"of adapters \(plain\)")],
+)  # fmt: skip
+def test_a_fisher_of_a_and_b_is_of_these_adapters(tmp_path, model, peft, seed, said):
+    """Other adapters may have the same shapes."""
+    keys, identity = {"adapters": "plain"}, forgetting.identity(base.fingerprint(str(model))["files"])
+    fisher_of(tmp_path, model, {**forgetting.of_adapters(keys, LORA, 1, None), "start": None})
+    own = forgetting.of_adapters(keys, peft, seed, None)
+    for refuse, key in ((forgetting.refuse_another_model, "fisher"), (forgetting.refuse_a_stranger, "earlier")):
+        with pytest.raises(UserError, match=f"forgetting.{key}=.*{said}") if said else contextlib.nullcontext():
+            refuse(str(tmp_path), identity, str(model), None, own)
+    # an adapter that goes on has left the seed of its start behind
+    if peft == LORA:
+        forgetting.refuse_a_stranger(
+            str(tmp_path), identity, str(model), "x", forgetting.of_adapters(keys, peft, 7, "x")
+        )
 
 
 def changed(model, directory):
@@ -107,14 +138,14 @@ def changed(model, directory):
     return directory
 
 
-def fisher_of(folder, model):
+def fisher_of(folder, model, own=NONE):
     """A Fisher's files with nothing in them but a name of the model."""
     import torch
 
     from ftdist import fisher
     from ftdist.ranks import Ranks
 
-    facts = {"model": forgetting.identity(base.fingerprint(str(model))["files"]), "model_path": str(model)}
+    facts = {"model": forgetting.identity(base.fingerprint(str(model))["files"]), "model_path": str(model), **own}
     places = {"w": [fisher.Place(0, 0, 4, 0)]}
     fisher.write(folder, Ranks(), {"fisher": [torch.ones(4)]}, places, {"w": [4]}, True, facts)
     assert json.loads((folder / "manifest.json").read_text())["fisher"] == facts

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_loss import SMALL, new, rows, token_losses, trainer
+import yaml
+from test_loss import CONF, SMALL, new, rows, token_losses, trainer
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from ftdist import compose, evaluate, forecast, job, models, start
+from ftdist import compose, evaluate, forecast, job, models, resume, start
 from ftdist.align.trainer import without_dropout
 from ftdist.errors import UserError
 from ftdist.evaluate import scores
@@ -133,6 +134,26 @@ def test_general_data_are_read_as_an_adapter_that_goes_on_was_taught(small, chat
     general = job.general_data(config, "no hash", run_dir)
     for folder in (general, *evaluate.retention_data(config, run_dir).values()):
         assert "!" in Path(folder, "chat_template.jinja").read_text(), folder
+
+
+@pytest.mark.parametrize(
+    ("keys", "after"),
+    [((), False), (("samples", 1), True), (("retention", "x"), True), (("preferences", "x"), True),
+     (("lm_eval", ["x"]), True), (("retention", "x", "retention_during", True), False)],
+)  # fmt: skip
+def test_what_is_named_is_measured_before_and_after(keys, after):
+    """By an evaluation after training, unless every evaluation while training does."""
+    values = yaml.safe_load((CONF / "eval" / "default.yaml").read_text())
+    stopping = yaml.safe_load((CONF / "stopping" / "default.yaml").read_text())
+    assert evaluate.afterwards(values | dict(zip(keys[::2], keys[1::2], strict=True)), stopping) == after
+
+
+def test_a_run_goes_on_with_the_data_that_its_base_was_measured_on():
+    before = {"news": "/cache/data/aa"}
+    resume.refuse_other_sets("news.jsonl", before, {"news": "/elsewhere/aa"})
+    for now in ({"news": "/cache/data/bb"}, {"code": "/cache/data/aa"}, {}):
+        with pytest.raises(UserError, match=r"eval\.retention=x: other data than those on which the base was measured"):
+            resume.refuse_other_sets("x", before, now)
 
 
 def test_the_base_is_read_once_more_than_there_are_evaluations(small, tmp_path):

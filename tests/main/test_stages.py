@@ -16,3 +16,9 @@ def composed(small, *words):
 def test_a_recipe_that_goes_on_needs_its_folder(small):
     with pytest.raises(UserError, match=r"resume=auto: .* set run_dir=DIR"):
         composed(small, "then=['task=dpo']", "resume=auto")
+
+
+@pytest.mark.parametrize("word", ["model.dtype=float32", "run_dir=x", "model=demo", "resume=auto"])
+def test_words_that_mean_nothing_in_a_run_that_follows(small, word):
+    with pytest.raises(UserError, match=f"then: {word}: not read"):
+        composed(small, f"then=['task=dpo','{word}']")
