@@ -19,7 +19,7 @@ def check(name: str, keywords: dict[str, Any], learning_rate: float) -> None:
 
     kind = SchedulerType(name)
     classes: dict[Any, Any] = {SchedulerType.REDUCE_ON_PLATEAU: ReduceLROnPlateau, SchedulerType.GREEDY: GreedyLR}
-    made = classes.get(kind) or TYPE_TO_SCHEDULER_FUNCTION[kind]
+    made: Any = classes.get(kind) or TYPE_TO_SCHEDULER_FUNCTION[kind]
     taken = [key for key in inspect.signature(made).parameters if key not in GIVEN]
     what, has = f"train.lr_scheduler_kwargs={keywords}: ", f"train.lr_scheduler_type={name}"
     for key in keywords:
