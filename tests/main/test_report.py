@@ -97,12 +97,15 @@ def test_in_a_real_browser(page, tmp_path):
 
 
 def test_wandb_gets_the_same_tables_and_plots(page, monkeypatch):
+    import wandb
+
     from ftdist import tracking
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     keys = {"project": "kitchen", "entity": None, "group": None, "job_type": None, "tags": []}
     config = {"tracking": {"name": "wandb", **keys}, "task": {"name": "sft"}}
     tracking.results(page.parent, config, page.parent / "plots")
+    wandb.teardown()  # its process writes the file; the end of ours would wait for it too
     (file,) = page.parent.glob("wandb/offline-run-*/*.wandb")
     logged = {
         item.key or ".".join(item.nested_key): json.loads(item.value_json)
