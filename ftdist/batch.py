@@ -513,19 +513,19 @@ def from_words(words: list[str]) -> Path:
             job.freeze(config, run_dir)
             lease.release(run_dir, token)
     rundir.write_json(run_dir / follow.JOB, {"job": number, "prepare": None, "submitted": time.time()})
-    _as_submitted(run_dir, number, gpus)
+    _as_submitted(run_dir)
     return run_dir
 
 
-def _as_submitted(run_dir: Path, number: str, gpus: int) -> None:
+def _as_submitted(run_dir: Path) -> None:
     """Freeze what `ftdist resume` asks sbatch for: what this job was given, in SLURM's words, not the driver's."""
     from ftdist.plan.hardware import elsewhere
 
     config = rundir.read_config(run_dir)
-    if gpus and config["hardware"]["name"] == "auto":  # which SLURM may have no name for
+    if config["cluster"]["gpu_type"] and config["hardware"]["name"] == "auto":  # SLURM may have no name for it
         config["hardware"] = elsewhere(config["hardware"], config["cluster"]["gpu_type"])
     node = os.environ["SLURMD_NODENAME"]
-    config["cluster"] |= slurm.patiently(lambda: slurm.around(number, node, os.environ), ABSENCE)
+    config["cluster"] |= slurm.patiently(lambda: slurm.around(slurm.own_name(), node, os.environ), ABSENCE)
     rundir.write_yaml(run_dir / "config.yaml", config)
 
 

@@ -96,7 +96,7 @@ def test_refused_before_it_waits(on_slurm, cluster, words, tmp_path, monkeypatch
         with pytest.raises(UserError, match=said):
             (config,) = compose.compose("train", [*words, *asked, *more])
             job.decide(config)
-            submit.would_start(config, run_dir)
+            submit.would_start(config["cluster"], run_dir)
     slurm.partition_gpus.cache_clear()
 
 

@@ -1136,17 +1136,19 @@ def test_the_log_of_an_earlier_launcher(in_a_job):
 
 # --- slurm/train.sbatch ----------------------------------------------------------------------------
 
+H100 = "NVIDIA H100 80GB HBM3", 80 << 30, 9.0
 GIVEN = "JobId=7 JobState=RUNNING Partition=gpu Account=me QOS=(null) TimeLimit={} Features=(null) Reservation=mon"
 
 
 @pytest.mark.parametrize(
-    ("gres", "limit", "asked"),
+    ("gres", "limit", "facts", "asked"),
     [
-        ("gpu:h100:8(S:0-1)", "1-00:00:00", {"gpu_type": "h100", "time": "1-00:00:00"}),
-        ("gpu:8", "UNLIMITED", {"gpu_type": None, "time": None}),
+        ("gpu:h100:8(S:0-1)", "1-00:00:00", H100, {"gpu_type": "h100", "time": "1-00:00:00"}),
+        ("gpu:8", "UNLIMITED", H100, {"gpu_type": None, "time": None}),
+        ("gpu:mi300x:8", "UNLIMITED", None, {"gpu_type": "mi300x", "time": None}),
     ],
 )
-def test_a_job_of_train_sbatch_is_asked_for_again(gres, limit, asked, commands, tmp_path, monkeypatch):
+def test_a_job_of_train_sbatch_is_asked_for_again(gres, limit, facts, asked, commands, tmp_path, monkeypatch):
     """With what sbatch was told; GPUs are called what SLURM calls them, and planned as what they are."""
     commands(
         scontrol=f'case "$*" in *node*) echo "NodeName=node1 Gres={gres}";; *) echo "{GIVEN.format(limit)}";; esac'
@@ -1155,7 +1157,7 @@ def test_a_job_of_train_sbatch_is_asked_for_again(gres, limit, asked, commands, 
     for name, value in given.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLURMD_NODENAME", "node1")
-    monkeypatch.setattr(launcher, "gpu_facts", lambda: ("NVIDIA H100 80GB HBM3", 80 << 30, 9.0))
+    monkeypatch.setattr(launcher, "gpu_facts", lambda: facts)
     monkeypatch.setattr(job_module, "decide", lambda config: None)
     monkeypatch.setattr(job_module, "plan", lambda config: {})
     monkeypatch.setattr(forecast, "refuse_what_cannot_fit", lambda *_: None)
@@ -1166,8 +1168,8 @@ def test_a_job_of_train_sbatch_is_asked_for_again(gres, limit, asked, commands, 
     config = rundir.read_config(tmp_path / "run")
     same = {"partition": "gpu", "account": "me", "qos": None, "reservation": "mon", "memory": "4096M", "cpus": 8}
     assert {key: config["cluster"][key] for key in asked | same} == asked | same
-    assert config["hardware"]["name"] == "h100"
-    device = "h100:2" if asked["gpu_type"] else "2"
+    assert config["hardware"]["name"] == ("h100" if facts else "auto")
+    device = f"{asked['gpu_type']}:2" if asked["gpu_type"] else "2"
     assert f"#SBATCH --gpus-per-node={device}\n" in submit.text(tmp_path / "run", config["cluster"])
 
 
