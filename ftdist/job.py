@@ -598,7 +598,13 @@ def freeze(config: dict[str, Any], run_dir: Path) -> None:
         adapter = start.adapter(run_dir)
         begins = [weights["files"], reader.digest(adapter / start.WEIGHTS) if adapter else None, other]
         quantization = recipe_of(config, shapes_of(model), measured=True).quantization
-        computed = [made["precision"], model["dtype"], dict(quantization or {}), model["attn_implementation"]]
+        computed = [
+            made["precision"],
+            made["loaded"],
+            model["dtype"],
+            dict(quantization or {}),
+            model["attn_implementation"],
+        ]
         made["reference_key"] = align.key(begins, prepared.name, computed)
     frozen = {"prepared": str(prepared), "retention": retention, "fisher_data": general, "id": uuid.uuid4().hex[:12]}
     rundir.write_json(run_dir / "plan.json", {**made, **frozen})

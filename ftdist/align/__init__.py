@@ -77,10 +77,11 @@ def check(task: dict[str, Any], train: dict[str, Any], model: dict[str, Any]) ->
         raise UserError("task.label_smoothing=0.0: exo_pair needs one above 0; the paper uses 1e-3")
     if task["margin"] and not set(names) & set(SHIFTED):
         raise UserError(f"task.margin={task['margin']}: read by {', '.join(SHIFTED)} alone; set it to 0")
-    alone = set(names) & set(SORTED) if train["per_device_train_batch_size"] < 2 else ()
-    for name in sorted(alone):
+    kinds = ["train"] if train["eval_strategy"] == "no" else ["train", "eval"]
+    alone = [key for key in (f"per_device_{kind}_batch_size" for kind in kinds) if train[key] < 2]
+    for name in sorted(set(names) & set(SORTED) if alone else ()):
         raise UserError(
-            f"train.per_device_train_batch_size=1: task.loss_type={name} sorts the pairs of a micro-batch; use 2 or "
+            f"train.{alone[0]}=1: task.loss_type={name} sorts the pairs of a micro-batch; use 2 or "
             "more, or task.loss_type=sigmoid"
         )
     if task["reference"] == "none":

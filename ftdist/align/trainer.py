@@ -66,6 +66,7 @@ class PreferenceTrainer(TokenTrainer):
         super().__init__(**kwargs)
         self.objective, self.reference = objective, reference
         self.chosen_drop = chosen_drop
+        self.disable_dropout = disable_dropout
         self.tally = Tally(SUMS)
         self.add_callback(self.tally)
         self.step_sums: Any = 0
@@ -162,8 +163,9 @@ class PreferenceTrainer(TokenTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _judge_first(self, loss: float) -> None:  # noqa: ARG002  (ln 2 for one loss, something else for another)
-        """Training starts from the reference, unless it is another model: their difference must be nothing."""
-        if self.reference.is_start:
+        """Training starts from the reference, unless it is another model: their difference must be nothing, but
+        for dropout, which the policy alone has."""
+        if self.reference.is_start and self.disable_dropout:
             sums = dict(zip(SUMS, self.tally.sums, strict=True))
             self.health.first_difference(sums["chosen_ratio"] / max(sums["chosen_tokens"], 1.0), SAME)
 

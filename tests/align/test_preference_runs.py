@@ -112,6 +112,16 @@ def test_a_copy_computes_in_the_precision_of_the_policy(trained):
     assert (first["rewards/chosen"], first["rewards/rejected"]) == (0, 0)
 
 
+def test_columns_of_other_arithmetic_have_another_name(forks, words, tmp_path):
+    """float32 weights under autocast are not bfloat16 weights."""
+    keys = [
+        json.loads((forks.freeze(tmp_path / e, *words("full", e, "train.bf16=true")) / "plan.json").read_text())
+        for e in ("ddp", "zero2", "zero3")
+    ]
+    ddp, zero2, zero3 = (plan["reference_key"] for plan in keys)
+    assert ddp != zero2 == zero3
+
+
 def test_columns_are_the_bases_own_log_probabilities(trained, model):
     import torch
     from transformers import AutoModelForCausalLM

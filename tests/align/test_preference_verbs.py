@@ -1,10 +1,12 @@
 """The command line: refusals, the plan of pairs, and one run from training to its page."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from ftdist import compose, job
+from ftdist.align.trainer import SUMS, PreferenceTrainer, Tally
 from ftdist.errors import UserError
 
 
@@ -22,6 +24,10 @@ def test_the_wrong_data_for_a_task_is_one_line(run, words, chat, tmp_path):
         (("data.format=messages",), "data.format=messages: .* task=sft"),
         (("train.packing=true",), "train.packing=true"),
         (("task.beta=0",), "task.beta=0"),
+        (
+            ("task.loss_type=aot", "train.per_device_eval_batch_size=1"),
+            "train.per_device_eval_batch_size=1: .*aot sorts",
+        ),
         (("task.loss_typ=ipo",), "task.loss_typ"),
         (("task.loss_type=kto",), "task.loss_type=kto: .* use apo_zero"),
         (("task.reference_model=/nowhere",), "task.reference_model=/nowhere: no such directory"),
@@ -41,6 +47,20 @@ def test_an_unfinished_run_as_a_reference_is_named_as_one(words, tmp_path):
     for asked in (job.plan, lambda config: job.other_reference(config, tmp_path / "run")):
         with pytest.raises(UserError, match=f"^task.reference_model={tmp_path}: .*not finished"):
             asked(config)
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_dropout_of_the_policy_alone_is_no_fault(off):
+    """At the first step policy and reference are told apart only where nothing but their weights could do that."""
+    told = []
+    trainer = SimpleNamespace(
+        reference=SimpleNamespace(is_start=True),
+        disable_dropout=off,
+        tally=Tally(SUMS),
+        health=SimpleNamespace(first_difference=lambda *values: told.append(values)),
+    )
+    PreferenceTrainer._judge_first(trainer, 0.7)
+    assert bool(told) == off
 
 
 def test_identical_answers_are_rejected_and_counted(run, words, pairs, tmp_path):
