@@ -30,6 +30,7 @@ class Plan(_Always, total=False):
 
     steps_per_epoch: int  # once the number of rows is known
     total_steps: int
+    loaded: str  # element type of the weights as they are loaded
     reference: str  # task=dpo: cached, adapter_off, copy or none
     reference_key: str  # of the content that cached log-probabilities depend on
     forgetting: str  # what holds weights near their start, if anything does
