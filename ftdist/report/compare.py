@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ftdist import rundir
-from ftdist.report.gather import Run, flat
+from ftdist.report.gather import Run, flat, tasks
 from ftdist.sweep import directory, rank
 from ftdist.sweep.objective import order
 
@@ -49,7 +49,12 @@ def _pair(word: str) -> tuple[str, Any]:
 
 
 def of_runs(runs: list[Run]) -> Comparison:
-    """Runs by the first number that two of them have: right answers, loss after training, loss while training."""
+    """Runs by the first number that two of them have: right answers, loss after training, loss while training.
+
+    Those of different tasks (the stages of a recipe) are no rivals: they stay in their order.
+    """
+    if len(tasks(runs)) > 1:
+        return _ordered("eval_loss", "minimize", runs, dict.fromkeys(run.name for run in runs))
     for name in DECIDING:
         values = {run.name: run.metrics.get("tuned", {}).get(name) for run in runs}
         if sum(value is not None for value in values.values()) > 1:

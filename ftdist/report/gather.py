@@ -14,6 +14,11 @@ from ftdist.report import phases
 SAMPLES = 12  # answers shown
 
 
+def tasks(runs: list[Run]) -> list[str]:
+    """What the runs learn, each task once. Numbers of different tasks are of different things."""
+    return list(dict.fromkeys(str(run.plan.get("task", "sft")) for run in runs))
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory's files as plain data."""

@@ -18,7 +18,7 @@ from ftdist import rundir
 from ftdist.evaluate import tables
 from ftdist.report import compare
 from ftdist.report.compare import Comparison
-from ftdist.report.gather import Run
+from ftdist.report.gather import Run, tasks
 from ftdist.report.phases import OWN, PHASES
 from ftdist.report.plots import MARKS, PAIRS, SERIES
 from ftdist.tracking import duration
@@ -189,6 +189,9 @@ def _best(several: Comparison) -> str:
     members = several.members or [{"state": "finished" if run.finished else "not finished"} for run in several.runs]
     counts = Counter(member["state"] for member in members)
     count = ", ".join(f"{number} {state}" for state, number in counts.items())
+    if len(tasks(several.runs)) > 1:
+        learnt = " and ".join(tasks(several.runs))
+        return f"Runs of {learnt}, in their order: not ranked, since they learn other things. {count}."
     if not ranked:
         return f"{count}. No run has {several.objective} yet."
     value = _number_of(several.objective, several.values[ranked[0].name])
@@ -438,12 +441,14 @@ def _results(several: Comparison) -> str:
     members = {member["name"]: member for member in several.members}
     costs = {run.name: compare.took(run, members.get(run.name, {}).get("seconds")) for run in runs}
     priced = any(cost["cost"] is not None for cost in costs.values())
+    alike = len(tasks(runs)) == 1
     rows = []
     for place, run in enumerate(runs, 1):
         cost, value = costs[run.name], several.values.get(run.name)
         state = members.get(run.name, {}).get("state") or ("finished" if run.finished else "not finished")
         held = run.held_out[-1].get("eval_loss") if run.held_out else None
         row = [f"{'' if value is None else f'{place}. '}{escape(run.name)}", _number_of(objective, value)]
+        row[1:] = row[1:] if alike else [_quantity("", held)]
         row += [_kept(_value(several.own[run.name].get(key))) for key in keys]
         row += [] if objective == "eval_loss" else [_quantity("", held)]
         row += [tables.number(name, tuned[run.name].get(name)) for name in names]

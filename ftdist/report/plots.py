@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftdist.report.gather import Run
+from ftdist.report.gather import Run, tasks
 
 # name → (colour on white paper, stand-in that the SVG has until it becomes the page's own colour)
 INK, GRID, SERIES = ("#1f2328", "#010203"), ("#d8dee4", "#010204"), [
@@ -87,8 +87,9 @@ def of_several(
     """Name → plot that compares `runs`, the best first. own: run name → what it differs in; values: its objective."""
     found: dict[str, Plot] = {}
     curves = {run.name: run for run in runs}
-    _curve(found, curves, "held_out_loss", "eval_loss", "held-out loss")
-    _curve(found, curves, "loss", "loss", "loss (nats a token)")
+    if len(tasks(runs)) == 1:  # else losses of different things would share an axis
+        _curve(found, curves, "held_out_loss", "eval_loss", "held-out loss")
+        _curve(found, curves, "loss", "loss", "loss (nats a token)")
     _coordinates(found, own, values, objective)
     _curve(found, curves, "gradient_norm", "grad_norm", "gradient norm")
     _curve(found, curves, "throughput", "tokens_per_second", "tokens/s, all ranks")

@@ -43,10 +43,11 @@ def test_an_adapter_goes_on_and_is_its_own_reference(forks, words, supervised, t
     own = (f"model.path={sft}", "model.adapter=continue", "strategy.r=4")
     run_dir = forks.freeze(tmp_path / "run", *words("lora", "zero3", *own))
     assert json.loads((run_dir / "plan.json").read_text())["reference"] == "cached"
+    aside = sft.rename(sft.with_name("aside"))  # the earlier run may go: what it left is in the new one
     assert forks.start(run_dir) == [0, 0], last_words(run_dir)
+    aside.rename(sft)
     # the policy starts from the adapter, not from the bare base, and so does the reference
     assert first(run_dir)["loss"] == pytest.approx(0.693147, abs=1e-4)
-    assert first(run_dir)["logps/chosen"] > -1e9
     bare = forks.freeze(tmp_path / "bare", *words("lora", "zero3"))
     assert forks.start(bare) == [0, 0], last_words(bare)
     assert abs(first(bare)["logps/chosen"] - first(run_dir)["logps/chosen"]) > 0.1
@@ -55,7 +56,6 @@ def test_an_adapter_goes_on_and_is_its_own_reference(forks, words, supervised, t
     copy = forks.freeze(tmp_path / "copy", *words("lora", "zero2", *own, "task.reference=copy"))
     assert forks.start(copy) == [0, 0], last_words(copy)
     assert metrics(copy)[-1]["eval_loss"] == pytest.approx(metrics(run_dir)[-1]["eval_loss"], abs=1e-4)
-    # the earlier run may go: what it left is in the new one
     assert start.adapter(run_dir) == run_dir / "start"
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -319,3 +320,32 @@ def test_a_rank_that_fails_gives_the_lease_back(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "rank 0: RuntimeError: out of luck" in done.stderr
     assert lease.read(tmp_path).released
+
+
+def test_the_next_best_is_taken_or_the_last_one_stays(tmp_path, capsys):
+    """The best step's checkpoint may be broken; and maybe no step counts."""
+    made = object.__new__(keeper.Keeper)
+    made.run_dir, made.token, made.ranks, made.main = tmp_path, None, Ranks(), True
+    made.trainer = SimpleNamespace(state=SimpleNamespace(global_step=4))
+    made.judge = SimpleNamespace(
+        metric="eval_loss", memory=SimpleNamespace(best_step=2), said_of_best=lambda: "the best was 1 at step 2"
+    )
+    for step, score in ((2, 1.0), (3, None), (4, 2.0)):
+        draft = checkpoint.drafts(tmp_path, step, 0)
+        draft.mkdir(parents=True)
+        names = ("rank-00000.json", "rank-00000.safetensors")
+        for name in names:
+            (draft / name).write_bytes(b"x")
+        files = {name: checkpoint.fingerprint(draft / name) for name in names}
+        facts = {"step": step, "world_size": 1, "engine": "single", "files": files, "initial": False, "score": score}
+        checkpoint.commit(draft, checkpoint.folder(tmp_path, step), facts)
+    (checkpoint.folder(tmp_path, 2) / "rank-00000.safetensors").write_bytes(b"y")
+    assert made.restore_best() == 4
+    said = capsys.readouterr().out
+    assert "step 2 is broken" in said and "the next best is taken" in said and "but has no checkpoint" in said
+    checkpoint.remove(tmp_path, 4)
+    checkpoint.remove(tmp_path, 2)
+    assert made.restore_best() == 4
+    assert "no checkpoint of a step that counts; final/ holds the last step, 4" in capsys.readouterr().out
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").open()]
+    assert [(event["event"], event["step"]) for event in events][-1] == ("best-missing", 4)

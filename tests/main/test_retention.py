@@ -69,11 +69,13 @@ def test_a_run_that_keeps_the_best(kept):
             np.exp(metrics[side]["retention_words_loss"])
         )
     assert metrics["retention_overlap"]["words"]["rows"] == []
+    said = [event for event in map(json.loads, (run_dir / "events.jsonl").open()) if event["event"] == "overfitting"]
+    assert said and said[-1]["since"] == best and f"warning: step {said[-1]['step']}: {said[-1]['text']}" in stdout
     plan = json.loads((run_dir / "plan.json").read_text())
     assert plan["evaluations"] > len(held_out) and plan["evaluation_seconds"] > 0
     page, readme = (run_dir / "report.html").read_text(), (run_dir / "README.md").read_text()
     for part in (f"final/ holds step {best}", "Ended early: eval_loss has not improved in 2", "retention data words",
-                 "general from", "loss on general data over steps"):  # fmt: skip
+                 f"overfitting since step {best}", "general from", "loss on general data over steps"):  # fmt: skip
         assert part in page, part
     assert f"final/ holds step {best}" in readme and "general rows" in readme
 
