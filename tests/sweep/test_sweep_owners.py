@@ -68,7 +68,8 @@ def test_slurm_is_asked_before_the_data_are_prepared(monkeypatch, tmp_path, word
         raise UserError("no such partition")
 
     def planned(configs):
-        return [{"disk_bytes": dict.fromkeys(("final", "fisher", "checkpoints"), 1), "checkpoint_bytes": 1}]
+        disk = {"disk_bytes": dict.fromkeys(("final", "fisher", "checkpoints"), 1), "checkpoint_bytes": 1}
+        return [{**disk, "asks": {"memory": f"{size}G"}} for size in (9, 10)]
 
     monkeypatch.setattr(slurm, "test_only", test_only)
     monkeypatch.setattr(checks, "planned", planned)
@@ -78,6 +79,7 @@ def test_slurm_is_asked_before_the_data_are_prepared(monkeypatch, tmp_path, word
     with pytest.raises(UserError, match="no such partition"):
         start.start(compose.several("train", words), words)
     assert f"#SBATCH --array={indices}\n" in asked[0] and len(asked) == 1
+    assert "#SBATCH --mem=10G\n" in asked[0]
     assert list(tmp_path.iterdir()) == []
 
 
