@@ -179,7 +179,8 @@ def test_padding_and_fillers_change_no_log_probability(tiny):
 
 TASK = {"loss_type": "sigmoid", "loss_weights": None, "label_smoothing": 0.0, "margin": 0.0, "reference": "auto",
         "reference_model": None, "disable_dropout": True}  # fmt: skip
-TRAIN = {"packing": False, "loss_type": "nll", "per_device_train_batch_size": 4}
+TRAIN = {"packing": False, "loss_type": "nll", "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
+         "eval_strategy": "epoch"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -193,6 +194,7 @@ TRAIN = {"packing": False, "loss_type": "nll", "per_device_train_batch_size": 4}
         ({"reference": "adapter_off", "reference_model": "x"}, {}, "task.reference_model=x"),
         ({}, {}, "task.disable_dropout=false"),
         ({"loss_type": ["sft", "aot"]}, {"per_device_train_batch_size": 1}, "sorts the pairs of a micro-batch; use 2"),
+        ({"loss_type": "aot"}, {"per_device_eval_batch_size": 1}, "train.per_device_eval_batch_size=1"),
         ({}, {"packing": True}, "use train.packing=false"),
         ({}, {"loss_type": "dft"}, "use task.loss_type"),
         ({}, {"label_smoothing_factor": 0.1}, "use task.label_smoothing"),
