@@ -26,7 +26,11 @@ from ftdist.errors import FAILED, INTERRUPTED, OK, STOPPED, USAGE, Failed, UserE
 from ftdist.schema import nearest
 from ftdist.trainkeys import fields
 
-KILLED = r"failed \(exitcode: -(?!15\))(\d+)\) local_rank: (\d+)|died with <Signals\.\w+: (\d+)>"
+# torchrun names the lowest rank that it found failed, and lists the others; accelerate speaks of its one child.
+KILLED = (
+    r"failed \(exitcode: -(?!15\))(\d+)\) local_rank: (\d+)|died with <Signals\.\w+: (\d+)>"
+    r"|\(local_rank: (\d+)\)\s+exitcode *: -(?!15 )(\d+) "
+)
 
 
 def torch_engine(*, name: Literal["single", "ddp"]) -> None:
@@ -290,9 +294,9 @@ def first_error(run_dir: Path, token: int | None = None) -> dict[str, Any]:
     text = log.read_text(errors="replace") if token is None and log.exists() else ""
     # A killed rank says nothing itself, while the others complain of the connection to it.
     if killed := re.search(KILLED, text):
-        number = killed[1] or killed[3]
+        number = killed[1] or killed[3] or killed[5]
         message = f"killed by signal {number}" + (" (out of memory?)" if number == "9" else "")
-        return {"rank": killed[2] or 0, "message": message, "log": str(log), "status": FAILED}
+        return {"rank": killed[2] or killed[4] or 0, "message": message, "log": str(log), "status": FAILED}
     found = [json.loads(f.read_text()) for f in (run_dir / "logs").glob("rank-*.error.json")]
     reports = [r for r in found if token is None or r.get("lease") == str(token)]
     if reports:

@@ -11,7 +11,7 @@ import plugin
 import psutil
 import pytest
 
-from ftdist import report
+from ftdist import launcher, report
 
 # --- refused in one line, nothing made ----------------------------------------------------------------------------
 
@@ -267,6 +267,36 @@ FAILING = '''
 
         return Recipe(callbacks=(Fail(),))
 '''
+
+
+BOTH = """E0101 failed (exitcode: 1) local_rank: 0 (pid: 5) of binary: python
+[1]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {} (pid: 6)  (SIG)
+Root Cause (first observed failure):
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "failed (exitcode: -9) local_rank: 1 (pid: 6) of binary: python",
+            ("1", "killed by signal 9 (out of memory?)"),
+        ),
+        (BOTH.format(-11), ("1", "killed by signal 11")),
+        (BOTH.format(-15), (0, "the connection is gone")),  # the launcher ends the others so
+        ("the rank died with <Signals.SIGKILL: 9>", (0, "killed by signal 9 (out of memory?)")),
+    ],
+)
+def test_a_killed_rank_is_found_in_the_launchers_words(tmp_path, text, said):
+    """Whoever else failed of it, in the same moment, is not to blame."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "launcher.log").write_text(text)
+    other = {"rank": 0, "message": "the connection is gone", "time": 1.0, "log": "l", "status": 1}
+    (tmp_path / "logs" / "rank-0.error.json").write_text(json.dumps(other))
+    error = launcher.first_error(tmp_path)
+    assert (error["rank"], error["message"]) == said
 
 
 @pytest.mark.parametrize("how", ["raises", "killed"])
