@@ -17,6 +17,10 @@ import pytest
 # Before numpy and torch are imported: the cores belong to xdist.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
+# A shell that starts the suite in the background has it ignore Ctrl-C, and everything that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SCRIPTS = sysconfig.get_path("scripts")
 SEED = 7
 ROWS = 120  # of the chat file, before the split
