@@ -55,4 +55,4 @@ def bitsandbytes() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module("bitsandbytes")
     finally:
-        setattr(torch, "compile", compiler)  # noqa: B010
+        setattr(torch, "compile", compiler)  # noqa: B010  (likewise)

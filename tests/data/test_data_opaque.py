@@ -82,7 +82,7 @@ def test_a_template_that_asks_nothing_gives_the_same_text(name: str) -> None:
         renderings.append(1)
         return inner(*given, **keywords)
 
-    made._render = counted  # type: ignore[method-assign]
+    made._render = counted  # type: ignore[method-assign]  # wrapped to count its calls
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(contents, min_size=2, max_size=4).filter(lambda c: len(c) % 2 == 0))
@@ -118,7 +118,7 @@ def test_what_one_process_learns_another_need_not_render(name: str) -> None:
         renderings.append(1)
         return inner(*given, **keywords)
 
-    told._render = counted  # type: ignore[method-assign]
+    told._render = counted  # type: ignore[method-assign]  # wrapped to count its calls
     messages = conversation([" who\u200c is <it>?\n", "  nobody & all "])
     assert told.segment(messages, None) == fresh.segment(messages, None)
     assert told.render(messages[:1], None, prompt=True) == fresh.render(messages[:1], None, prompt=True)
